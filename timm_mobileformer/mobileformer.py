@@ -1,0 +1,1153 @@
+"""Mobile-Former
+
+Paper: `Mobile-Former: Bridging MobileNet and Transformer` - https://arxiv.org/abs/2108.05895
+
+Original code: https://github.com/AAboys/MobileFormer
+
+@inproceedings{chen2022mobileformer,
+  author={Chen, Yinpeng and Dai, Xiyang and Chen, Dongdong and Liu, Mengchen and Dong, Xiaoyi and Yuan, Lu and
+          Liu, Zicheng},
+  title={Mobile-Former: Bridging MobileNet and Transformer},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  pages={5270--5279},
+  year={2022}
+}
+
+Two streams run side by side: a local feature map ``x: (B, C, H, W)`` and a few global tokens ``z: (B, M, d)``. Every
+block takes both through the paper's four parts, in this order (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
+Where the paper and the authors' program differ, the program decides, so that their checkpoints load.
+"""
+import os
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops.layers.torch import Rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, SelectAdaptivePool2d, get_device_dtype, use_fused_attn
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    clean_state_dict,
+    feature_take_indices,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+)
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+__all__ = ['DynamicReLU', 'MobileFormer', 'checkpoint_filter_fn']
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias and its BatchNorm; 'same' padding for odd kernels."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 1,
+            stride: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2
+        self.add_module('conv', nn.Conv2d(
+            in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd))
+        self.add_module('bn', nn.BatchNorm2d(out_chs, **dd))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+
+
+class LinearNorm(nn.Sequential):
+    """A linear layer and its BatchNorm."""
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.add_module('linear', nn.Linear(in_features, out_features, **dd))
+        self.add_module('bn', nn.BatchNorm1d(out_features, **dd))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Linear:
+        return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
+
+
+def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
+    """Interleave the channels of `groups` groups, which only the grouped variant (26m) needs."""
+    return Rearrange('b (g c) h w -> b (c g) h w', g=groups) if enabled else nn.Identity()
+
+
+def _is_exporting() -> bool:
+    """Whether a graph is being recorded, for which plain operators serve better than fused ones."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+class DynamicReLUFunction(torch.autograd.Function):
+    """``max(lo * x, hi * x)`` for ``0 < hi >= lo``, in one pass over the map and a scaling in place.
+
+    Kept for backward are the input and the slopes alone; autograd would also keep both products. The backward pass is
+    made of differentiable operators, so second derivatives are right.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, lo, hi)
+        return torch._prelu_kernel(x, lo / hi).mul_(hi)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, lo, hi = ctx.saved_tensors
+        grad_x, grad_lo = torch.ops.aten._prelu_kernel_backward(grad, x, lo / hi)
+        grad_lo = grad_lo.sum((2, 3), keepdim=True)  # of the positions where x <= 0
+        grad_hi = (grad * x).sum((2, 3), keepdim=True) - grad_lo
+        return grad_x * hi, grad_lo, grad_hi
+
+
+@torch.fx.wrap
+def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
+    """The dynamic ReLU of given slopes: ``max(lo * x, hi * x)``, per channel and per image.
+
+    Args:
+        x: Map (B, C, H, W).
+        lo: The smaller slope of each channel (B, C).
+        hi: The larger slope of each channel (B, C), greater than 0.
+    """
+    lo, hi = lo[:, :, None, None].to(x.dtype), hi[:, :, None, None].to(x.dtype)
+    if not torch.jit.is_scripting():
+        # float16 cannot hold lo / hi where hi is close to 0
+        if x.dtype != torch.float16 and not _is_exporting():
+            return DynamicReLUFunction.apply(x, lo, hi)
+    return torch.maximum(lo * x, hi * x)
+
+
+def _slope_limits(device=None, dtype=None) -> torch.Tensor:
+    """Lower limit, centre and upper limit of both slopes (3, 2, 1).
+
+    The paper's lower limit of the first slope is 0; a number that nothing can feel keeps ``lo / hi`` finite.
+    """
+    return torch.tensor([[[1e-18], [-1.]], [[1.], [0.]], [[2.], [1.]]], device=device, dtype=dtype)
+
+
+class DynamicReLU(nn.Module):
+    """The two dynamic ReLUs of a Mobile block, driven by its first token (Sec. 3.2, "Mobile sub-block").
+
+    A small MLP for each gives the two slopes of every channel, ``2 * theta_1`` in [0, 2] and ``2 * theta_2 - 1`` in
+    [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``. Both MLPs read the same token, so their first layers
+    are one linear layer here, and the rows of their second layers lie in one tensor.
+
+    Args:
+        token_dim: Width of a token, d.
+        chs: Channels under the first and under the second dynamic ReLU.
+    """
+
+    def __init__(self, token_dim: int, chs: Tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.chs = chs
+        self.hidden = token_dim // 4
+        self.folded = False
+        self.fc1 = nn.Linear(token_dim, 2 * self.hidden, **dd)
+        self.fc2 = nn.Linear(self.hidden, 2 * sum(chs), **dd)
+        self.register_buffer('limits', _slope_limits(**dd), persistent=False)
+
+    def reset_limits(self):
+        self.limits.copy_(_slope_limits())
+
+    def forward(self, z0: torch.Tensor) -> List[torch.Tensor]:
+        """Slopes for `dynamic_relu`.
+
+        Args:
+            z0: The first token of every image (B, d).
+
+        Returns:
+            Smaller and larger slope for the first, then for the second dynamic ReLU, each (B, C).
+        """
+        n1, n2 = self.chs
+        weight, bias = self.fc2.weight, self.fc2.bias
+        h = F.relu(self.fc1(z0))
+        if n1 == n2:  # one batched product
+            h = h.unflatten(1, (2, self.hidden)).transpose(0, 1)
+            t = torch.baddbmm(bias.view(2, 1, -1), h, weight.view(2, 2 * n1, self.hidden).transpose(1, 2))
+            lo, hi = self._limit(t.unflatten(2, (2, n1)))
+            return [lo[0], hi[0], lo[1], hi[1]]
+        h1, h2 = h.chunk(2, 1)
+        t = torch.cat([
+            F.linear(h1, weight[:2 * n1], bias[:2 * n1]).unflatten(1, (2, n1)),
+            F.linear(h2, weight[2 * n1:], bias[2 * n1:]).unflatten(1, (2, n2)),
+        ], dim=2)
+        lo, hi = self._limit(t)
+        return [lo[:, :n1], hi[:, :n1], lo[:, n1:], hi[:, n1:]]
+
+    def _limit(self, t: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        lower, centre, upper = self.limits.unbind(0)
+        if not self.folded:
+            t = torch.add(centre, t, alpha=1 / 3)
+        return torch.aminmax(torch.clamp(t, lower, upper), dim=-2)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Fold ``t / 3 + centre`` into the last linear layer."""
+        if not self.folded:
+            centre = self.limits[1].flatten()
+            self.fc2.weight.div_(3)
+            self.fc2.bias.div_(3).add_(torch.cat([centre.repeat_interleave(n) for n in self.chs]))
+            self.folded = True
+        return self
+
+
+@torch.fx.wrap
+def gather_local(q: torch.Tensor, x: torch.Tensor, num_heads: int, fused_attn: bool) -> torch.Tensor:
+    """Attention of tokens over positions; keys and values are the map itself.
+
+    Args:
+        q: Scaled queries (B, M, C).
+        x: Map (B, C, H, W), read in place whatever its memory format.
+        num_heads: Number of heads, h.
+        fused_attn: Use the fused kernel for maps in channels-last.
+
+    Returns:
+        (B, M, h, C / h), heads not yet concatenated.
+    """
+    B, C, H, W = x.shape
+    q = q.reshape(B, -1, num_heads, C // num_heads).transpose(1, 2)
+    x = x.reshape(B, num_heads, C // num_heads, H * W)
+    if fused_attn and x.stride(2) == 1:
+        x = x.transpose(2, 3)
+        o = F.scaled_dot_product_attention(q, x, x, scale=1.)
+    else:
+        o = (q @ x).softmax(dim=-1) @ x.transpose(2, 3)
+    return o.transpose(1, 2)
+
+
+class MobileToFormer(nn.Module):
+    """Mobile->Former, local to global: the tokens gather from the map (Sec. 3.1, Eq. 1).
+
+    ``z + W_o [softmax(q_h x^T / sqrt(C/h)) x]_h * gate``, then LayerNorm, where ``q = W_q z`` and the gate, which the
+    paper leaves out, is ``2 hard_sigmoid(W_a z)``. `q_gate` is both linear layers in one.
+
+    Args:
+        dim: Channels of the map, C.
+        token_dim: Width of a token, d.
+        num_heads: Number of heads, h.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            token_dim: int,
+            num_heads: int = 2,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.folded = False
+        self.q_gate = nn.Linear(token_dim, 2 * dim, **dd)
+        self.proj = nn.Linear(dim, token_dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm = nn.LayerNorm(token_dim, **dd)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) and tokens (B, M, d) to tokens (B, M, d)."""
+        q, gate = self.q_gate(z).chunk(2, dim=-1)
+        if self.folded:
+            gate = F.hardtanh(gate, 0., 2.)
+        else:
+            q, gate = q * self.scale, 2. * F.hardsigmoid(gate)
+        o = gather_local(q, x, self.num_heads, self.fused_attn)
+        o = gate.unflatten(2, (self.num_heads, -1)) * o
+        return self.norm(z + self.drop_path(self.proj(o.flatten(2))))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Fold the attention scale and the hard sigmoid's affine part into the linear layer."""
+        if not self.folded:
+            for t, shift in (self.q_gate.weight, 0.), (self.q_gate.bias, 1.):
+                t[:self.dim].mul_(self.scale)
+                t[self.dim:].div_(3).add_(shift)
+            self.folded = True
+        return self
+
+
+class Former(nn.Module):
+    """Former: attention among the tokens and a feed-forward network, post-norm (Sec. 3.2, "Former sub-block").
+
+    Only the query is projected; keys and values are the tokens.
+
+    Args:
+        token_dim: Width of a token, d.
+        num_heads: Number of heads.
+        drop_path: Stochastic depth rate of the attention; the feed-forward network has none.
+    """
+
+    def __init__(self, token_dim: int, num_heads: int = 4, drop_path: float = 0., device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (token_dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.q = nn.Linear(token_dim, token_dim, **dd)
+        self.proj = nn.Linear(token_dim, token_dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm1 = nn.LayerNorm(token_dim, **dd)
+        self.fc1 = nn.Linear(token_dim, 2 * token_dim, **dd)
+        self.fc2 = nn.Linear(2 * token_dim, token_dim, **dd)
+        self.norm2 = nn.LayerNorm(token_dim, **dd)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, M, d) to tokens (B, M, d)."""
+        q = self.q(z).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        kv = z.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        if self.fused_attn:
+            o = F.scaled_dot_product_attention(q, kv, kv, scale=self.scale)
+        else:
+            o = (q * self.scale @ kv.transpose(2, 3)).softmax(dim=-1) @ kv
+        z = self.norm1(z + self.drop_path(self.proj(o.transpose(1, 2).flatten(2))))
+        return self.norm2(z + self.fc2(F.gelu(self.fc1(z))))
+
+
+@torch.fx.wrap
+def spread_global(
+        x: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        num_heads: int,
+        fused_attn: bool,
+) -> torch.Tensor:
+    """The map plus what its positions, as queries, take from the tokens.
+
+    Args:
+        x: Map (B, C, H, W), read in place whatever its memory format.
+        k: Scaled keys (B, M, C).
+        v: Values (B, M, C).
+        num_heads: Number of heads, h.
+        fused_attn: Use the fused kernel for maps in channels-last.
+    """
+    B, C, H, W = x.shape
+    k = k.reshape(B, -1, num_heads, C // num_heads).transpose(1, 2)
+    v = v.reshape(B, -1, num_heads, C // num_heads).transpose(1, 2)
+    q = x.reshape(B, num_heads, C // num_heads, H * W)
+    if fused_attn and q.stride(2) == 1:
+        o = F.scaled_dot_product_attention(q.transpose(2, 3), k, v, scale=1.)
+        return x + o.transpose(2, 3).reshape(B, C, H, W)
+    attn = (k @ q).softmax(dim=-2)
+    o = torch.baddbmm(q.flatten(0, 1), v.transpose(2, 3).flatten(0, 1), attn.flatten(0, 1))
+    return o.view(B, C, H, W)
+
+
+class FormerToMobile(nn.Module):
+    """Mobile<-Former, global to local: every position of the map takes from the tokens (Sec. 3.1, Eq. 2).
+
+    ``x + [softmax(x_h k_h^T / sqrt(C/h)) v_h]_h`` with ``k = W_k z``, ``v = W_v z``, softmax over the tokens. `kv` is
+    both linear layers in one.
+
+    Args:
+        dim: Channels of the map, C.
+        token_dim: Width of a token, d.
+        num_heads: Number of heads, h.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            token_dim: int,
+            num_heads: int = 2,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.folded = False
+        self.kv = nn.Linear(token_dim, 2 * dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) and tokens (B, M, d) to a map (B, C, H, W)."""
+        k, v = self.kv(z).chunk(2, dim=-1)
+        if not self.folded:
+            k = k * self.scale
+        # the result is linear in the values: dropping them drops the path, at M / HW of the cost
+        return spread_global(x, k, self.drop_path(v), self.num_heads, self.fused_attn)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Fold the attention scale into the linear layer."""
+        if not self.folded:
+            self.kv.weight[:self.dim].mul_(self.scale)
+            self.kv.bias[:self.dim].mul_(self.scale)
+            self.folded = True
+        return self
+
+
+class Mobile(nn.Module):
+    """Mobile: an inverted bottleneck activated by dynamic ReLU (Sec. 3.2, "Mobile sub-block").
+
+    Args:
+        in_chs: Channels of the input, C_in.
+        out_chs: Channels of the output, C_out.
+        expand: Expansion, the hidden width over C_in.
+        token_dim: Width of a token, d.
+        dilation: Dilation of the depthwise convolution.
+        groups: Groups of the 1x1 convolutions.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expand: int,
+            token_dim: int,
+            dilation: int = 1,
+            groups: int = 1,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        mid_chs = in_chs * expand
+        self.has_skip = in_chs == out_chs
+        self.slopes = DynamicReLU(token_dim, (mid_chs, mid_chs), **dd)
+        self.conv1 = ConvNorm(in_chs, mid_chs, groups=groups, **dd)
+        self.shuffle1 = channel_shuffle(groups, groups > 1)
+        self.conv2 = ConvNorm(mid_chs, mid_chs, 3, dilation=dilation, groups=mid_chs, **dd)
+        self.conv3 = ConvNorm(mid_chs, out_chs, groups=groups, **dd)
+        self.shuffle3 = channel_shuffle(groups, groups > 1)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
+        """Map (B, C_in, H, W) and first token (B, d) to a map (B, C_out, H, W)."""
+        lo1, hi1, lo2, hi2 = self.slopes(z0)
+        shortcut = x
+        x = self.shuffle1(self.conv1(x))
+        x = dynamic_relu(x, lo1, hi1)
+        x = self.conv2(x)
+        x = dynamic_relu(x, lo2, hi2)
+        x = self.shuffle3(self.conv3(x))
+        return shortcut + self.drop_path(x) if self.has_skip else x
+
+
+class MobileDown(nn.Module):
+    """Mobile of a downsample block (Sec. 3.2, "Downsample Mobile-Former block").
+
+    A depthwise convolution of stride 2 with its 1x1 convolution gives ``u``; a second such pair, of stride 1, runs on
+    ``u`` with a shortcut.
+
+    Args:
+        in_chs: Channels of the input, C_in.
+        out_chs: Channels of the output, C_out.
+        expand: Expansions: hidden width of the first pair over C_in, of the second over C_out.
+        token_dim: Width of a token, d.
+        stride: Stride of the first depthwise convolution.
+        dilation: Dilations of the two depthwise convolutions.
+        groups: Groups of the 1x1 convolutions.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expand: Tuple[int, int],
+            token_dim: int,
+            stride: int = 2,
+            dilation: Tuple[int, int] = (1, 1),
+            groups: int = 1,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        mid1, mid2 = in_chs * expand[0], out_chs * expand[1]
+        self.slopes = DynamicReLU(token_dim, (mid1, mid2), **dd)
+        self.conv1 = ConvNorm(in_chs, mid1, 3, stride=stride, dilation=dilation[0], groups=in_chs, **dd)
+        self.shuffle1 = channel_shuffle(in_chs, groups > 1)
+        self.conv2 = ConvNorm(mid1, out_chs, groups=groups, **dd)
+        self.conv3 = ConvNorm(out_chs, mid2, 3, dilation=dilation[1], groups=out_chs, **dd)
+        self.shuffle3 = channel_shuffle(out_chs, groups > 1)
+        self.conv4 = ConvNorm(mid2, out_chs, groups=groups, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
+        """Map (B, C_in, H, W) and first token (B, d) to a map (B, C_out, H / 2, W / 2)."""
+        lo1, hi1, lo2, hi2 = self.slopes(z0)
+        x = self.shuffle1(self.conv1(x))
+        x = dynamic_relu(x, lo1, hi1)
+        u = self.conv2(x)
+        x = self.shuffle3(self.conv3(u))
+        x = dynamic_relu(x, lo2, hi2)
+        return u + self.drop_path(self.conv4(x))
+
+
+class LiteBottleneck(nn.Module):
+    """The first block: a lite bottleneck (Sec. 3.3), which leaves the tokens alone.
+
+    Args:
+        in_chs: Channels of the input, C_in.
+        out_chs: Channels of the output, C_out.
+        expand: Expansion, the hidden width over C_in.
+        stride: Stride of the depthwise convolution.
+        groups: Groups of the 1x1 convolution.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expand: int,
+            stride: int = 1,
+            groups: int = 1,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.has_skip = stride == 1 and in_chs == out_chs
+        self.conv1 = ConvNorm(in_chs, in_chs * expand, 3, stride=stride, groups=in_chs, **dd)
+        self.act = nn.ReLU6(inplace=True)
+        self.shuffle = channel_shuffle(in_chs, groups > 1)
+        self.conv2 = ConvNorm(in_chs * expand, out_chs, groups=groups, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map (B, C_in, H, W) to a map (B, C_out, H / stride, W / stride); the tokens pass."""
+        shortcut = x
+        x = self.conv2(self.shuffle(self.act(self.conv1(x))))
+        if self.has_skip:
+            x = shortcut + self.drop_path(x)
+        return x, z
+
+
+class MobileFormerBlock(nn.Module):
+    """A Mobile-Former block (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
+
+    Args:
+        in_chs: Channels of the input, C_in.
+        out_chs: Channels of the output, C_out.
+        expand: Expansion; two of them make it a downsample block.
+        token_dim: Width of a token, d.
+        stride: Stride of a downsample block.
+        dilation: Dilations of its depthwise convolutions before and after its stride.
+        groups: Groups of the 1x1 convolutions.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expand: Tuple[int, ...],
+            token_dim: int,
+            stride: int = 1,
+            dilation: Tuple[int, int] = (1, 1),
+            groups: int = 1,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.mobile_to_former = MobileToFormer(in_chs, token_dim, drop_path=drop_path, **dd)
+        self.former = Former(token_dim, drop_path=drop_path, **dd)
+        if len(expand) == 2:
+            self.mobile = MobileDown(
+                in_chs, out_chs, expand, token_dim, stride, dilation, groups, drop_path=drop_path, **dd)
+        else:
+            self.mobile = Mobile(
+                in_chs, out_chs, expand[0], token_dim, dilation[1], groups, drop_path=drop_path, **dd)
+        self.former_to_mobile = FormerToMobile(out_chs, token_dim, drop_path=drop_path, **dd)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map (B, C_in, H, W) and tokens (B, M, d) to a map (B, C_out, H / stride, W / stride) and tokens (B, M, d)."""
+        z = self.mobile_to_former(x, z)
+        z = self.former(z)
+        x = self.mobile(x, z[:, 0])
+        x = self.former_to_mobile(x, z)
+        return x, z
+
+
+class MobileFormer(nn.Module):
+    """Mobile-Former.
+
+    Args:
+        stem_width: Channels of the stem.
+        num_tokens: Number of global tokens, M.
+        token_dim: Width of a token, d.
+        stages: For each resolution its blocks, each as (expansions, channels, stride). The first block is the lite
+            bottleneck; two expansions make a downsample block.
+        head_hidden_size: Width of the hidden layer of the classifier.
+        groups: Groups of the 1x1 convolutions.
+        in_chans: Channels of the images.
+        num_classes: Number of classes, 0 for no classifier.
+        global_pool: Pooling before the hidden layer; '' to run the head at every position.
+        output_stride: 8, 16 or 32; below 32, the last stages are dilated instead of strided.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate, which grows linearly over the blocks.
+    """
+
+    def __init__(
+            self,
+            stem_width: int,
+            num_tokens: int,
+            token_dim: int,
+            stages: Tuple[Tuple[Tuple[Tuple[int, ...], int, int], ...], ...],
+            head_hidden_size: int,
+            groups: int = 1,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        assert output_stride in (8, 16, 32), f'output_stride must be 8, 16 or 32, not {output_stride}'
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.token_dim = token_dim
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        # Tokens and stem
+        self.tokens = nn.Parameter(torch.empty(num_tokens, token_dim, **dd))
+        self.stem = ConvNorm(in_chans, stem_width, 3, stride=2, **dd)
+        self.stem_act = nn.ReLU6(inplace=True)
+
+        # Stages of blocks
+        self.feature_info: List[Dict[str, Any]] = []
+        num_blocks = sum(len(s) for s in stages)
+        chs, reduction, dilation, index = stem_width, 2, 1, 0
+        modules: List[nn.Module] = []
+        if stages[0][0][2] == 2:  # the stem's map is the last one of its size
+            self.feature_info.append(dict(num_chs=chs, reduction=reduction, module='stem_act'))
+        for stage in stages:
+            blocks: List[nn.Module] = []
+            for expand, out_chs, stride in stage:
+                next_dilation = dilation
+                if stride == 2:
+                    if reduction == output_stride:
+                        stride, next_dilation = 1, 2 * dilation
+                    reduction *= stride
+                kwargs = dict(groups=groups, drop_path=drop_path_rate * (index + 1) / num_blocks, **dd)
+                if index == 0:
+                    blocks.append(LiteBottleneck(chs, out_chs, expand[0], stride, **kwargs))
+                else:
+                    blocks.append(MobileFormerBlock(
+                        chs, out_chs, expand, token_dim, stride, (dilation, next_dilation), **kwargs))
+                chs, dilation, index = out_chs, next_dilation, index + 1
+            modules.append(nn.ModuleList(blocks))
+            self.feature_info.append(dict(
+                num_chs=chs, reduction=reduction, module=f'stages.{len(modules) - 1}'))
+        self.stages = nn.ModuleList(modules)
+
+        # The last bridge and the head
+        self.mobile_to_former: Optional[nn.Module] = MobileToFormer(chs, token_dim, drop_path=drop_path_rate, **dd)
+        self.shuffle = channel_shuffle(groups, groups > 1)
+        self.final_conv: Optional[nn.Module] = ConvNorm(chs, 6 * chs, groups=groups, **dd)
+        self.final_act = nn.ReLU6(inplace=True)
+        self.num_features = 6 * chs + token_dim
+        self.head_hidden_size = head_hidden_size
+        self.global_pool = self._create_pool(global_pool)
+        self.head_hidden: Optional[nn.Module] = LinearNorm(self.num_features, head_hidden_size, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.classifier = nn.Linear(head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        self.init_weights()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer as the authors do, also after `to_empty()`."""
+        if self.tokens is not None:
+            nn.init.normal_(self.tokens)
+        named_apply(_init_weights, self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return set()  # the authors decayed the tokens too
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r'^stem|^tokens',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.(\d+)', None),
+                (r'^mobile_to_former|^final_conv', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    @staticmethod
+    def _create_pool(global_pool: str) -> SelectAdaptivePool2d:
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        assert pool.feat_mult() == 1, f"global_pool='{global_pool}' changes the pooled width, which is not supported"
+        return pool
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Give the model a new classifier, and another global pooling if one is named."""
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = self._create_pool(global_pool).train(self.training)
+        self.classifier = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        _init_weights(self.classifier)
+        self.classifier.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns intermediates.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Take the last n maps if int, all if None, select matching indices if sequence.
+            return_prefix_tokens: Return the global tokens (B, M, d) beside each map.
+            norm: Without effect, the maps have no norm layer of their own.
+            stop_early: Stop iterating over stages when the last desired map is reached.
+            output_fmt: Format of the maps, 'NCHW'.
+            intermediates_only: Only return the intermediate maps.
+
+        Returns:
+            Final features and maps, the latter as (map, tokens) with `return_prefix_tokens`; or the maps only.
+        """
+        assert output_fmt in ('NCHW',), f'output_fmt must be NCHW, not {output_fmt}'
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        first = len(self.feature_info) - len(self.stages)  # 1 if the stem's map is the first of them
+        last = max_index - first if stop_early else len(self.stages) - 1
+        intermediates: List[torch.Tensor] = []
+        prefix_tokens: List[torch.Tensor] = []
+
+        x, z = self.forward_stem(x)
+        if first == 1 and 0 in take_indices:
+            intermediates.append(x)
+            prefix_tokens.append(z)
+        for i, stage in enumerate(self.stages):
+            if i <= last:
+                for block in stage:
+                    if self.grad_checkpointing and not torch.jit.is_scripting():
+                        x, z = checkpoint(block, x, z)
+                    else:
+                        x, z = block(x, z)
+                if i + first in take_indices:
+                    intermediates.append(x)
+                    prefix_tokens.append(z)
+
+        if not torch.jit.is_scripting() and return_prefix_tokens:  # one return type is all a script can have
+            assert self.tokens is not None, 'the tokens were pruned, no block left reads them'
+            intermediates = list(zip(intermediates, prefix_tokens))
+        if intermediates_only:
+            return intermediates
+        if last == len(self.stages) - 1:
+            x = self.forward_final(x, z)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates."""
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        num_stages = max_index + 1 - len(self.feature_info) + len(self.stages)
+        prune_end = num_stages < len(self.stages)
+        self.stages = self.stages[:num_stages]
+        self.feature_info = self.feature_info[:max_index + 1]
+        if prune_head or prune_end:  # the last bridge and 1x1 convolution belong to the head
+            self.mobile_to_former = self.final_conv = self.head_hidden = None
+            self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
+            if not any(isinstance(m, MobileFormerBlock) for m in self.modules()):
+                self.tokens = None
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_stem(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, in_chans, H, W) to the first map (B, C, H / 2, W / 2) and tokens (B, M, d)."""
+        x = self.stem_act(self.stem(x))
+        z = x  # stands in for the tokens of a model pruned to the blocks that need none
+        if self.tokens is not None:
+            z = self.tokens.expand(x.shape[0], -1, -1)
+        return x, z
+
+    def forward_final(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The last bridge and 1x1 convolution; the first token joins the map as channels, the same at all positions."""
+        if self.mobile_to_former is None or self.final_conv is None:
+            return x
+        z0 = self.mobile_to_former(x, z[:, :1])  # the head reads no other token
+        x = self.final_act(self.final_conv(self.shuffle(x)))
+        z0 = z0.transpose(1, 2).unsqueeze(3).expand(-1, -1, x.shape[2], x.shape[3])
+        return torch.cat([x, z0], dim=1)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to features (B, 6 C + d, H / 32, W / 32): final map, then the first token."""
+        x, z = self.forward_stem(x)
+        for stage in self.stages:
+            for block in stage:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x, z = checkpoint(block, x, z)
+                else:
+                    x, z = block(x, z)
+        return self.forward_final(x, z)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features to logits (B, num_classes), or to the hidden layer's output (B, head_hidden_size).
+
+        Without global pooling, the head runs at every position, to (B, num_classes or head_hidden_size, H, W).
+        """
+        B, _, H, W = x.shape
+        x = self.global_pool(x)
+        dense = self.global_pool.pool_type == ''
+        if dense:
+            x = x.permute(0, 2, 3, 1).flatten(0, 2)
+        if self.head_hidden is not None:
+            local, z0 = x.split([self.num_features - self.token_dim, self.token_dim], dim=1)
+            x = torch.cat([F.hardswish(local), z0], dim=1)
+            x = F.hardswish(self.head_hidden(x))
+        x = self.head_drop(x)
+        if not pre_logits:
+            x = self.classifier(x)
+        if dense:
+            x = x.reshape(B, H, W, -1).permute(0, 3, 1, 2)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def _init_weights(module: nn.Module, name: str = '') -> None:
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels  # not divided by groups
+        nn.init.normal_(module.weight, std=(2. / fan_out) ** 0.5)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
+        module.reset_parameters()
+    elif isinstance(module, DynamicReLU):
+        module.reset_limits()
+
+
+# Our modules and the authors' that hold the same tensors, several where ours are one (concatenated).
+_AUTHORS_MODEL = {
+    '': ('tokens',),
+    'stem.conv': ('stem.0',),
+    'stem.bn': ('stem.1',),
+    'final_conv.conv': ('classifier.conv.1',),
+    'final_conv.bn': ('classifier.conv.2',),
+    'head_hidden.linear': ('classifier.fc.0',),
+    'head_hidden.bn': ('classifier.fc.1',),
+    'classifier': ('classifier.classifier.1',),
+}
+_AUTHORS_LITE = {
+    'conv1.conv': ('conv.0',),
+    'conv1.bn': ('conv.1',),
+    'conv2.conv': ('conv.4',),
+    'conv2.bn': ('conv.5',),
+}
+_AUTHORS_BRIDGE = {
+    'mobile_to_former.q_gate': ('local_global.q', 'local_global.alpha.0'),
+    'mobile_to_former.proj': ('local_global.proj',),
+    'mobile_to_former.norm': ('local_global.layer_norm',),
+}
+_AUTHORS_BLOCK = {
+    **_AUTHORS_BRIDGE,
+    'former.q': ('global_block.q',),
+    'former.proj': ('global_block.channel_mlp',),
+    'former.norm1': ('global_block.layer_norm',),
+    'former.fc1': ('global_block.ffn.0',),
+    'former.fc2': ('global_block.ffn.2',),
+    'former.norm2': ('global_block.ffn_norm',),
+    **{f'mobile.conv{i}.conv': (f'conv{i}.0',) for i in (1, 2, 3, 4)},
+    **{f'mobile.conv{i}.bn': (f'conv{i}.1',) for i in (1, 2, 3, 4)},
+    'former_to_mobile.kv': ('global_local.k', 'global_local.proj'),
+}
+_AUTHORS_SLOPES = {
+    Mobile: {f'mobile.slopes.fc{i + 1}': (f'hyper1.hyper.{2 * i}', f'hyper2.hyper.{2 * i}') for i in (0, 1)},
+    MobileDown: {f'mobile.slopes.fc{i + 1}': (f'hyper1.hyper.{2 * i}', f'hyper3.hyper.{2 * i}') for i in (0, 1)},
+}
+
+
+def _authors_modules(model: MobileFormer) -> Dict[str, Tuple[str, ...]]:
+    """Every module of ours that holds tensors, and the authors' modules that hold them."""
+    out = {**_AUTHORS_MODEL, **_AUTHORS_BRIDGE}
+    index = 0
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage):
+            if isinstance(block, LiteBottleneck):
+                table = _AUTHORS_LITE
+            else:
+                table = {**_AUTHORS_BLOCK, **_AUTHORS_SLOPES[type(block.mobile)]}
+            for ours, theirs in table.items():
+                out[f'stages.{i}.{j}.{ours}'] = tuple(f'features.{index}.{t}' for t in theirs)
+            index += 1
+    return out
+
+
+def _convert_authors(state_dict: Dict[str, torch.Tensor], model: MobileFormer) -> Tuple[Dict[str, Any], Set[str]]:
+    """The authors' layout in ours, and the names in it that are missing."""
+    modules = _authors_modules(model)
+    out: Dict[str, Any] = {}
+    missing: Set[str] = set()
+    used: Set[str] = set()
+    wanted = dict.fromkeys([*model.state_dict(), 'classifier.weight', 'classifier.bias'])
+    for key in wanted:
+        module, _, tensor = key.rpartition('.')
+        names = ['tokens.weight'] if key == 'tokens' else [f'{m}.{tensor}' for m in modules[module]]
+        used.update(names)
+        missing.update(n for n in names if n not in state_dict)
+        if all(n in state_dict for n in names):
+            parts = [state_dict[n] for n in names]
+            out[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    out.update((k, v) for k, v in state_dict.items() if k not in used)  # surplus, to be named as such
+    return out, missing
+
+
+def _name_some(names: Any, limit: int = 10) -> str:
+    names = sorted(names)
+    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Bring a checkpoint, the authors' or ours, into our layout, and refuse one that does not fit the model.
+
+    Only the classifier and the channels of the images may differ, timm adapts those.
+
+    Args:
+        state_dict: Tensors by name, or a training checkpoint that holds them.
+        model: The model to load.
+
+    Raises:
+        RuntimeError: Tensors are missing, surplus or of the wrong shape; the error names them.
+    """
+    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+            break
+    state_dict = clean_state_dict(state_dict)
+    missing: Set[str] = set()
+    if 'tokens.weight' in state_dict:
+        state_dict, missing = _convert_authors(state_dict, model)
+
+    target = model.state_dict()
+    adaptable = ('classifier.weight', 'classifier.bias', 'stem.conv.weight')
+    problems = {
+        'missing': missing or {k for k in target if k not in state_dict},
+        'surplus': {k for k in state_dict if k not in target},
+        'misshaped': {
+            f'{k} {tuple(v.shape)} instead of {tuple(target[k].shape)}' for k, v in state_dict.items()
+            if k in target and v.shape != target[k].shape
+        },
+    }
+    found = [
+        f'{kind}: {_name_some(names)}' for kind, all_names in problems.items()
+        if (names := {n for n in all_names if not n.startswith(adaptable)})
+    ]
+    if found:
+        raise RuntimeError(f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(found))
+    return state_dict
+
+
+def _cfg(variant: str = '', **kwargs: Any) -> Dict[str, Any]:
+    hub = os.environ.get('TIMM_MOBILEFORMER_HUB') or 'timm-mobileformer'
+    cfg = {
+        'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'classifier',
+        'license': 'unstated',  # the authors state no licence for their weights
+        'paper_ids': 'arXiv:2108.05895',
+        'paper_name': 'Mobile-Former: Bridging MobileNet and Transformer',
+        'origin_url': 'https://github.com/AAboys/MobileFormer',
+    }
+    if variant:
+        cfg['hf_hub_id'] = f'{hub}/{variant}'
+    return {**cfg, **kwargs}
+
+
+default_cfgs = generate_default_cfgs({
+    **{f'mobileformer_{v}.ms_in1k': _cfg(f'mobileformer_{v}.ms_in1k') for v in (
+        '26m', '52m', '96m', '151m', '214m', '294m', '508m')},
+    'test_mobileformer': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+})
+
+
+def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    return build_model_with_cfg(
+        MobileFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+# The blocks of each variant, a stage a line: (expansions, channels, stride), Table 1 and Table 11 of the paper.
+@register_model
+def mobileformer_26m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-26M: 52M with 1x1 convolutions in 4 groups."""
+    model_args = dict(
+        stem_width=8, num_tokens=3, token_dim=128, groups=4, head_hidden_size=1024,
+        stages=(
+            (((3,), 12, 2), ((3,), 12, 1)),
+            (((6, 4), 24, 2), ((3,), 24, 1)),
+            (((6, 4), 48, 2), ((4,), 48, 1), ((6,), 64, 1)),
+            (((6, 4), 96, 2), ((6,), 96, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_26m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobileformer_52m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-52M."""
+    model_args = dict(
+        stem_width=8, num_tokens=3, token_dim=128, head_hidden_size=1024,
+        stages=(
+            (((3,), 12, 2), ((3,), 12, 1)),
+            (((6, 4), 24, 2), ((3,), 24, 1)),
+            (((6, 4), 48, 2), ((4,), 48, 1), ((6,), 64, 1)),
+            (((6, 4), 96, 2), ((6,), 96, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_52m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobileformer_96m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-96M."""
+    model_args = dict(
+        stem_width=12, num_tokens=4, token_dim=128, head_hidden_size=1280,
+        stages=(
+            (((2,), 12, 1),),
+            (((6, 4), 16, 2),),
+            (((6, 4), 32, 2), ((3,), 32, 1)),
+            (((6, 4), 64, 2), ((4,), 64, 1), ((6,), 88, 1)),
+            (((6, 4), 128, 2), ((6,), 128, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_96m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobileformer_151m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-151M."""
+    model_args = dict(
+        stem_width=12, num_tokens=6, token_dim=192, head_hidden_size=1280,
+        stages=(
+            (((2,), 12, 1),),
+            (((6, 4), 16, 2), ((3,), 16, 1)),
+            (((6, 4), 32, 2), ((3,), 32, 1)),
+            (((6, 4), 64, 2), ((4,), 64, 1), ((6,), 88, 1), ((6,), 88, 1)),
+            (((6, 4), 128, 2), ((6,), 128, 1), ((6,), 128, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_151m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobileformer_214m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-214M."""
+    model_args = dict(
+        stem_width=12, num_tokens=6, token_dim=192, head_hidden_size=1600,
+        stages=(
+            (((2,), 12, 1),),
+            (((6, 4), 20, 2), ((3,), 20, 1)),
+            (((6, 4), 40, 2), ((4,), 40, 1)),
+            (((6, 4), 80, 2), ((4,), 80, 1), ((6,), 112, 1), ((6,), 112, 1)),
+            (((6, 4), 160, 2), ((6,), 160, 1), ((6,), 160, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_214m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobileformer_294m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-294M."""
+    model_args = dict(
+        stem_width=16, num_tokens=6, token_dim=192, head_hidden_size=1920,
+        stages=(
+            (((2,), 16, 1),),
+            (((6, 4), 24, 2), ((4,), 24, 1)),
+            (((6, 4), 48, 2), ((4,), 48, 1)),
+            (((6, 4), 96, 2), ((4,), 96, 1), ((6,), 128, 1), ((6,), 128, 1)),
+            (((6, 4), 192, 2), ((6,), 192, 1), ((6,), 192, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_294m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobileformer_508m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """Mobile-Former-508M."""
+    model_args = dict(
+        stem_width=24, num_tokens=6, token_dim=192, head_hidden_size=1920,
+        stages=(
+            (((2,), 24, 1),),
+            (((6, 4), 40, 2), ((3,), 40, 1)),
+            (((6, 4), 72, 2), ((3,), 72, 1)),
+            (((6, 4), 128, 2), ((4,), 128, 1), ((6,), 176, 1), ((6,), 176, 1)),
+            (((6, 4), 240, 2), ((6,), 240, 1), ((6,), 240, 1)),
+        ),
+    )
+    return _create_mobileformer('mobileformer_508m', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_mobileformer(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    """A tiny Mobile-Former for tests and pipelines; nobody trained or will publish weights for it."""
+    model_args = dict(
+        stem_width=8, num_tokens=2, token_dim=32, head_hidden_size=128,
+        stages=(
+            (((2,), 8, 1),),
+            (((2, 2), 8, 2), ((2,), 8, 1)),
+            (((2, 2), 16, 2),),
+            (((2, 2), 24, 2), ((2,), 32, 1)),
+            (((2, 2), 32, 2), ((2,), 32, 1)),
+        ),
+    )
+    return _create_mobileformer('test_mobileformer', pretrained=pretrained, **dict(model_args, **kwargs))
