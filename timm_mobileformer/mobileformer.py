@@ -30,11 +30,11 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint,
     clean_state_dict,
-    feature_take_indices,
     generate_default_cfgs,
     named_apply,
     register_model,
 )
+from timm.models._features import feature_take_indices
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 __all__ = ['DynamicReLU', 'MobileFormer', 'checkpoint_filter_fn']
