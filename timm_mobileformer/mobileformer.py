@@ -261,13 +261,16 @@ class MobileToFormer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm = nn.LayerNorm(token_dim, **dd)
 
-    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Map (B, C, H, W) and tokens (B, M, d) to tokens (B, M, d)."""
+    def query_gate(self, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, M, d) to scaled queries and gates, both (B, M, C)."""
         q, gate = self.q_gate(z).chunk(2, dim=-1)
         if self.folded:
-            gate = F.hardtanh(gate, 0., 2.)
-        else:
-            q, gate = q * self.scale, 2. * F.hardsigmoid(gate)
+            return q, F.hardtanh(gate, 0., 2.)
+        return q * self.scale, 2. * F.hardsigmoid(gate)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) and tokens (B, M, d) to tokens (B, M, d)."""
+        q, gate = self.query_gate(z)
         o = gather_local(q, x, self.num_heads, self.fused_attn)
         o = gate.unflatten(2, (self.num_heads, -1)) * o
         return self.norm(z + self.drop_path(self.proj(o.flatten(2))))
@@ -381,11 +384,14 @@ class FormerToMobile(nn.Module):
         self.kv = nn.Linear(token_dim, 2 * dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
+    def key_value(self, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, M, d) to scaled keys and values, both (B, M, C)."""
+        k, v = self.kv(z).chunk(2, dim=-1)
+        return (k if self.folded else k * self.scale), v
+
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) and tokens (B, M, d) to a map (B, C, H, W)."""
-        k, v = self.kv(z).chunk(2, dim=-1)
-        if not self.folded:
-            k = k * self.scale
+        k, v = self.key_value(z)
         # the result is linear in the values: dropping them drops the path, at M / HW of the cost
         return spread_global(x, k, self.drop_path(v), self.num_heads, self.fused_attn)
 

@@ -1,0 +1,48 @@
+"""Real data that needs no download: the 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn.
+
+    python -m timm_mobileformer.digits FOLDER
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+__all__ = ['write_digits']
+
+
+def write_digits(root: Path) -> None:
+    """Write the digits as class folders, `train/0` ... `validation/9`, a fifth of every class held out.
+
+    Args:
+        root: Folder to create; what is in it already stays.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"{e}; pip install 'timm_mobileformer[demo]' brings the digits") from e
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0 ... 16
+    train, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    for split, indices in ('train', train), ('validation', held_out):
+        for i in indices:
+            path = Path(root) / split / str(labels[i]) / f'{i:04}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_mobileformer.digits',
+        description='Write the handwritten digits of scikit-learn as class folders, a fifth of every class held out.')
+    parser.add_argument('folder', type=Path)
+    write_digits(parser.parse_args().folder)
+
+
+if __name__ == '__main__':
+    main()
