@@ -23,7 +23,6 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops.layers.torch import Rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, get_device_dtype, use_fused_attn
 from timm.models import (
@@ -82,7 +81,7 @@ class LinearNorm(nn.Sequential):
 
 def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
     """Interleave the channels of `groups` groups, which only the grouped variant (26m) needs."""
-    return Rearrange('b (g c) h w -> b (c g) h w', g=groups) if enabled else nn.Identity()
+    return nn.ChannelShuffle(groups) if enabled else nn.Identity()
 
 
 def _is_exporting() -> bool:
@@ -91,57 +90,50 @@ def _is_exporting() -> bool:
 
 
 class DynamicReLUFunction(torch.autograd.Function):
-    """``max(lo * x, hi * x)`` for ``0 < hi >= lo``, in one pass over the map and a scaling in place.
+    """``max(lo * x, hi * x)`` for ``0 < hi >= lo``: one pass over the map, ``prelu(x, lo / hi)``, then a scaling in place.
 
     Kept for backward are the input and the slopes alone; autograd would also keep both products. The backward pass is
     made of differentiable operators, so second derivatives are right.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, lo, hi)
-        return torch._prelu_kernel(x, lo / hi).mul_(hi)
+        return torch._prelu_kernel(x, ratio).mul_(hi)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x, lo, hi = ctx.saved_tensors
         grad_x, grad_lo = torch.ops.aten._prelu_kernel_backward(grad, x, lo / hi)
         grad_lo = grad_lo.sum((2, 3), keepdim=True)  # of the positions where x <= 0
         grad_hi = (grad * x).sum((2, 3), keepdim=True) - grad_lo
-        return grad_x * hi, grad_lo, grad_hi
+        return grad_x.mul_(hi), grad_lo, grad_hi, None
 
 
 @torch.fx.wrap
-def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
+def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
     """The dynamic ReLU of given slopes: ``max(lo * x, hi * x)``, per channel and per image.
 
     Args:
         x: Map (B, C, H, W).
-        lo: The smaller slope of each channel (B, C).
-        hi: The larger slope of each channel (B, C), greater than 0.
+        lo: The smaller slope of each channel (B, C, 1, 1).
+        hi: The larger slope of each channel (B, C, 1, 1), greater than 0.
+        ratio: ``lo / hi``.
     """
-    lo, hi = lo[:, :, None, None].to(x.dtype), hi[:, :, None, None].to(x.dtype)
     if not torch.jit.is_scripting():
-        # float16 cannot hold lo / hi where hi is close to 0
+        # float16 cannot hold the ratio where hi is close to 0
         if x.dtype != torch.float16 and not _is_exporting():
-            return DynamicReLUFunction.apply(x, lo, hi)
+            return DynamicReLUFunction.apply(x, lo, hi, ratio)
     return torch.maximum(lo * x, hi * x)
 
 
-def _slope_limits(device=None, dtype=None) -> torch.Tensor:
-    """Lower limit, centre and upper limit of both slopes (3, 2, 1).
-
-    The paper's lower limit of the first slope is 0; a number that nothing can feel keeps ``lo / hi`` finite.
-    """
-    return torch.tensor([[[1e-18], [-1.]], [[1.], [0.]], [[2.], [1.]]], device=device, dtype=dtype)
-
-
 class DynamicReLU(nn.Module):
-    """The two dynamic ReLUs of a Mobile block, driven by its first token (Sec. 3.2, "Mobile sub-block").
+    """The slopes of the two dynamic ReLUs of a Mobile block, driven by its first token (Sec. 3.2, "Mobile sub-block").
 
     A small MLP for each gives the two slopes of every channel, ``2 * theta_1`` in [0, 2] and ``2 * theta_2 - 1`` in
-    [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``. Both MLPs read the same token, so their first layers
-    are one linear layer here, and the rows of their second layers lie in one tensor.
+    [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``; in other words ``t / 3 + 1`` and ``t / 3``, clamped. Both
+    MLPs read the same token, so their first layers are one linear layer here, and the rows of their second layers lie
+    in one tensor.
 
     Args:
         token_dim: Width of a token, d.
@@ -156,10 +148,20 @@ class DynamicReLU(nn.Module):
         self.folded = False
         self.fc1 = nn.Linear(token_dim, 2 * self.hidden, **dd)
         self.fc2 = nn.Linear(self.hidden, 2 * sum(chs), **dd)
-        self.register_buffer('limits', _slope_limits(**dd), persistent=False)
+        self.register_buffer('limits', torch.empty(3, 2, **dd), persistent=False)
+        self.reset_limits()
 
-    def reset_limits(self):
-        self.limits.copy_(_slope_limits())
+    def reset_limits(self) -> None:
+        """Set the lower limit, centre and upper limit of both slopes.
+
+        The lower limit of the first is 0 in the paper; a number that nothing can feel keeps ``lo / hi`` finite.
+        """
+        self.limits.copy_(torch.tensor([[1e-18, -1.], [1., 0.], [2., 1.]]))
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.reset_limits()  # float16 had no 1e-18
+        return self
 
     def forward(self, z0: torch.Tensor) -> List[torch.Tensor]:
         """Slopes for `dynamic_relu`.
@@ -168,29 +170,41 @@ class DynamicReLU(nn.Module):
             z0: The first token of every image (B, d).
 
         Returns:
-            Smaller and larger slope for the first, then for the second dynamic ReLU, each (B, C).
+            Smaller slope, larger slope and their ratio for the first, then for the second dynamic ReLU, each
+            (B, C, 1, 1).
         """
         n1, n2 = self.chs
         weight, bias = self.fc2.weight, self.fc2.bias
         h = F.relu(self.fc1(z0))
-        if n1 == n2:  # one batched product
-            h = h.unflatten(1, (2, self.hidden)).transpose(0, 1)
+        if n1 == n2 and not _is_exporting():  # one batched product
+            h = h.view(-1, 2, self.hidden).transpose(0, 1)
             t = torch.baddbmm(bias.view(2, 1, -1), h, weight.view(2, 2 * n1, self.hidden).transpose(1, 2))
-            lo, hi = self._limit(t.unflatten(2, (2, n1)))
-            return [lo[0], hi[0], lo[1], hi[1]]
+            lo, hi, ratio = self._limit(t.view(2, -1, 2, n1, 1, 1))
+            return [lo[0], hi[0], ratio[0], lo[1], hi[1], ratio[1]]
         h1, h2 = h.chunk(2, 1)
-        t = torch.cat([
-            F.linear(h1, weight[:2 * n1], bias[:2 * n1]).unflatten(1, (2, n1)),
-            F.linear(h2, weight[2 * n1:], bias[2 * n1:]).unflatten(1, (2, n2)),
-        ], dim=2)
-        lo, hi = self._limit(t)
-        return [lo[:, :n1], hi[:, :n1], lo[:, n1:], hi[:, n1:]]
+        t1 = F.linear(h1, weight[:2 * n1], bias[:2 * n1])
+        t2 = F.linear(h2, weight[2 * n1:], bias[2 * n1:])
+        if _is_exporting():
+            return self._plain(t1) + self._plain(t2)
+        lo, hi, ratio = self._limit(torch.cat([t1.view(-1, 2, n1, 1, 1), t2.view(-1, 2, n2, 1, 1)], dim=2))
+        return [lo[:, :n1], hi[:, :n1], ratio[:, :n1], lo[:, n1:], hi[:, n1:], ratio[:, n1:]]
 
-    def _limit(self, t: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        lower, centre, upper = self.limits.unbind(0)
+    def _limit(self, t: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the MLPs answer (..., 2, C, 1, 1) to smaller slope, larger slope and their ratio."""
+        limits = self.limits if self.limits.dtype == t.dtype else self.limits.to(t.dtype)  # autocast
+        lower, centre, upper = limits.view(3, 2, 1, 1, 1).unbind(0)
         if not self.folded:
             t = torch.add(centre, t, alpha=1 / 3)
-        return torch.aminmax(torch.clamp(t, lower, upper), dim=-2)
+        lo, hi = torch.aminmax(torch.clamp(t, lower, upper), dim=-4)
+        return lo, hi, (lo / hi).detach()
+
+    def _plain(self, t: torch.Tensor) -> List[torch.Tensor]:
+        """The same of one MLP's answer (B, 2 C) in plain operators, the slopes in any order, which a maximum allows."""
+        t1, t2 = t.view(t.shape[0], -1, 1, 1).chunk(2, dim=1)
+        if not self.folded:
+            t1, t2 = t1 / 3 + 1, t2 / 3
+        t1, t2 = t1.clamp(0., 2.), t2.clamp(-1., 1.)
+        return [t1, t2, t1]
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -204,26 +218,21 @@ class DynamicReLU(nn.Module):
 
 
 @torch.fx.wrap
-def gather_local(q: torch.Tensor, x: torch.Tensor, num_heads: int, fused_attn: bool) -> torch.Tensor:
-    """Attention of tokens over positions; keys and values are the map itself.
+def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
+    """Attention of tokens whose keys and values are one tensor, not projected.
 
     Args:
-        q: Scaled queries (B, M, C).
-        x: Map (B, C, H, W), read in place whatever its memory format.
-        num_heads: Number of heads, h.
-        fused_attn: Use the fused kernel for maps in channels-last.
+        q: Scaled queries (B, h, M, c).
+        kv: Keys, which are the values too, (B, h, N, c), read in place whatever its memory format.
+        fused_attn: Use the fused kernel where it can read `kv` in place.
 
     Returns:
-        (B, M, h, C / h), heads not yet concatenated.
+        (B, M, h, c), heads not yet concatenated.
     """
-    B, C, H, W = x.shape
-    q = q.reshape(B, -1, num_heads, C // num_heads).transpose(1, 2)
-    x = x.reshape(B, num_heads, C // num_heads, H * W)
-    if fused_attn and x.stride(2) == 1:
-        x = x.transpose(2, 3)
-        o = F.scaled_dot_product_attention(q, x, x, scale=1.)
+    if fused_attn and kv.stride(3) == 1 and not _is_exporting():
+        o = F.scaled_dot_product_attention(q, kv, kv, scale=1.)
     else:
-        o = (q @ x).softmax(dim=-1) @ x.transpose(2, 3)
+        o = (q @ kv.transpose(2, 3)).softmax(dim=-1) @ kv
     return o.transpose(1, 2)
 
 
@@ -262,18 +271,20 @@ class MobileToFormer(nn.Module):
         self.norm = nn.LayerNorm(token_dim, **dd)
 
     def query_gate(self, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, M, d) to scaled queries and gates, both (B, M, C)."""
-        q, gate = self.q_gate(z).chunk(2, dim=-1)
+        """Tokens (B, M, d) to scaled queries and gates, both (B * M, C)."""
+        q, gate = self.q_gate(z.view(-1, z.shape[2])).chunk(2, dim=-1)
         if self.folded:
             return q, F.hardtanh(gate, 0., 2.)
-        return q * self.scale, 2. * F.hardsigmoid(gate)
+        return q * self.scale, F.hardtanh(gate / 3. + 1., 0., 2.)
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) and tokens (B, M, d) to tokens (B, M, d)."""
+        B, C, H, W = x.shape
+        h, c = self.num_heads, C // self.num_heads
         q, gate = self.query_gate(z)
-        o = gather_local(q, x, self.num_heads, self.fused_attn)
-        o = gate.unflatten(2, (self.num_heads, -1)) * o
-        return self.norm(z + self.drop_path(self.proj(o.flatten(2))))
+        o = attend(q.view(B, -1, h, c).transpose(1, 2), x.view(B, h, c, H * W).transpose(2, 3), self.fused_attn)
+        o = self.proj((gate.view(o.shape) * o).view(-1, C)).view(z.shape)
+        return self.norm(z + self.drop_path(o))
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -303,6 +314,7 @@ class Former(nn.Module):
         self.num_heads = num_heads
         self.scale = (token_dim // num_heads) ** -0.5
         self.fused_attn = use_fused_attn()
+        self.folded = False
         self.q = nn.Linear(token_dim, token_dim, **dd)
         self.proj = nn.Linear(token_dim, token_dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -313,14 +325,33 @@ class Former(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Tokens (B, M, d) to tokens (B, M, d)."""
-        q = self.q(z).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        kv = z.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        if self.fused_attn:
-            o = F.scaled_dot_product_attention(q, kv, kv, scale=self.scale)
-        else:
-            o = (q * self.scale @ kv.transpose(2, 3)).softmax(dim=-1) @ kv
-        z = self.norm1(z + self.drop_path(self.proj(o.transpose(1, 2).flatten(2))))
-        return self.norm2(z + self.fc2(F.gelu(self.fc1(z))))
+        B, M, d = z.shape
+        h, c = self.num_heads, d // self.num_heads
+        q = self.q(z.view(B * M, d))
+        if not self.folded:
+            q = q * self.scale
+        o = attend(q.view(B, M, h, c).transpose(1, 2), z.view(B, M, h, c).transpose(1, 2), self.fused_attn)
+        o = o.contiguous().view(B * M, d)
+        z = self.norm1(z + self.drop_path(self.proj(o).view(B, M, d)))
+        z = z.view(B * M, d)
+        o = F.gelu(self.fc1(z))
+        z = torch.addmm(z, o, self.fc2.weight.t()) if self.folded else z + self.fc2(o)
+        return self.norm2(z).view(B, M, d)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Fold the attention scale into the linear layer, and the last bias into the norm before it.
+
+        ``fc2(h)`` and its residual are one product then; `fc1` takes off again what it must not see.
+        """
+        if not self.folded:
+            self.q.weight.mul_(self.scale)
+            self.q.bias.mul_(self.scale)
+            self.norm1.bias.add_(self.fc2.bias)
+            self.fc1.bias.sub_(self.fc1.weight @ self.fc2.bias)
+            self.fc2.bias = None
+            self.folded = True
+        return self
 
 
 @torch.fx.wrap
@@ -341,15 +372,23 @@ def spread_global(
         fused_attn: Use the fused kernel for maps in channels-last.
     """
     B, C, H, W = x.shape
-    k = k.reshape(B, -1, num_heads, C // num_heads).transpose(1, 2)
-    v = v.reshape(B, -1, num_heads, C // num_heads).transpose(1, 2)
-    q = x.reshape(B, num_heads, C // num_heads, H * W)
-    if fused_attn and q.stride(2) == 1:
-        o = F.scaled_dot_product_attention(q.transpose(2, 3), k, v, scale=1.)
+    k = k.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
+    v = v.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
+    q = x.view(B, num_heads, C // num_heads, H * W)
+    if _is_exporting():  # runtimes like softmax over the last axis, and transpose inside of a product
+        attn = (q.transpose(2, 3) @ k.transpose(2, 3)).softmax(dim=-1)
+        return x + (v.transpose(2, 3) @ attn.transpose(2, 3)).reshape(B, C, H, W)
+    if q.stride(2) == 1:  # channels-last
+        q = q.transpose(2, 3)
+        if fused_attn:
+            o = F.scaled_dot_product_attention(q, k, v, scale=1.)
+        else:
+            o = (q @ k.transpose(2, 3)).softmax(dim=-1) @ v
         return x + o.transpose(2, 3).reshape(B, C, H, W)
-    attn = (k @ q).softmax(dim=-2)
-    o = torch.baddbmm(q.flatten(0, 1), v.transpose(2, 3).flatten(0, 1), attn.flatten(0, 1))
-    return o.view(B, C, H, W)
+    attn = (k @ q).softmax(dim=-2).view(B * num_heads, -1, H * W)
+    v = v.transpose(2, 3)
+    v = v[0] if B == 1 else v.flatten(0, 1)
+    return torch.baddbmm(q.view(B * num_heads, -1, H * W), v, attn).view(B, C, H, W)
 
 
 class FormerToMobile(nn.Module):
@@ -385,8 +424,8 @@ class FormerToMobile(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def key_value(self, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, M, d) to scaled keys and values, both (B, M, C)."""
-        k, v = self.kv(z).chunk(2, dim=-1)
+        """Tokens (B, M, d) to scaled keys and values, both (B * M, C)."""
+        k, v = self.kv(z.view(-1, z.shape[2])).chunk(2, dim=-1)
         return (k if self.folded else k * self.scale), v
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -444,12 +483,12 @@ class Mobile(nn.Module):
 
     def forward(self, x: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) and first token (B, d) to a map (B, C_out, H, W)."""
-        lo1, hi1, lo2, hi2 = self.slopes(z0)
+        lo1, hi1, ratio1, lo2, hi2, ratio2 = self.slopes(z0)
         shortcut = x
         x = self.shuffle1(self.conv1(x))
-        x = dynamic_relu(x, lo1, hi1)
+        x = dynamic_relu(x, lo1, hi1, ratio1)
         x = self.conv2(x)
-        x = dynamic_relu(x, lo2, hi2)
+        x = dynamic_relu(x, lo2, hi2, ratio2)
         x = self.shuffle3(self.conv3(x))
         return shortcut + self.drop_path(x) if self.has_skip else x
 
@@ -498,12 +537,12 @@ class MobileDown(nn.Module):
 
     def forward(self, x: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
         """Map (B, C_in, H, W) and first token (B, d) to a map (B, C_out, H / 2, W / 2)."""
-        lo1, hi1, lo2, hi2 = self.slopes(z0)
+        lo1, hi1, ratio1, lo2, hi2, ratio2 = self.slopes(z0)
         x = self.shuffle1(self.conv1(x))
-        x = dynamic_relu(x, lo1, hi1)
+        x = dynamic_relu(x, lo1, hi1, ratio1)
         u = self.conv2(x)
         x = self.shuffle3(self.conv3(u))
-        x = dynamic_relu(x, lo2, hi2)
+        x = dynamic_relu(x, lo2, hi2, ratio2)
         return u + self.drop_path(self.conv4(x))
 
 
@@ -672,6 +711,7 @@ class MobileFormer(nn.Module):
             self.feature_info.append(dict(
                 num_chs=chs, reduction=reduction, module=f'stages.{len(modules) - 1}'))
         self.stages = nn.ModuleList(modules)
+        self.first_map = len(self.feature_info) - len(self.stages)  # index of the first stage's map
 
         # The last bridge and the head
         self.mobile_to_former: Optional[nn.Module] = MobileToFormer(chs, token_dim, drop_path=drop_path_rate, **dd)
@@ -758,8 +798,8 @@ class MobileFormer(nn.Module):
             Final features and maps, the latter as (map, tokens) with `return_prefix_tokens`; or the maps only.
         """
         assert output_fmt in ('NCHW',), f'output_fmt must be NCHW, not {output_fmt}'
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        first = len(self.feature_info) - len(self.stages)  # 1 if the stem's map is the first of them
+        first = self.first_map
+        take_indices, max_index = feature_take_indices(first + len(self.stages), indices)
         last = max_index - first if stop_early else len(self.stages) - 1
         intermediates: List[torch.Tensor] = []
         prefix_tokens: List[torch.Tensor] = []
@@ -781,7 +821,7 @@ class MobileFormer(nn.Module):
 
         if not torch.jit.is_scripting() and return_prefix_tokens:  # one return type is all a script can have
             assert self.tokens is not None, 'the tokens were pruned, no block left reads them'
-            intermediates = list(zip(intermediates, prefix_tokens))
+            intermediates = list(zip(intermediates, prefix_tokens, strict=True))
         if intermediates_only:
             return intermediates
         if last == len(self.stages) - 1:
@@ -797,7 +837,7 @@ class MobileFormer(nn.Module):
     ) -> List[int]:
         """Prune layers not required for specified intermediates."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        num_stages = max_index + 1 - len(self.feature_info) + len(self.stages)
+        num_stages = max_index + 1 - self.first_map
         prune_end = num_stages < len(self.stages)
         self.stages = self.stages[:num_stages]
         self.feature_info = self.feature_info[:max_index + 1]
@@ -814,7 +854,7 @@ class MobileFormer(nn.Module):
         x = self.stem_act(self.stem(x))
         z = x  # stands in for the tokens of a model pruned to the blocks that need none
         if self.tokens is not None:
-            z = self.tokens.expand(x.shape[0], -1, -1)
+            z = self.tokens.repeat(x.shape[0], 1, 1)
         return x, z
 
     def forward_final(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -873,8 +913,6 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
         module.reset_parameters()
-    elif isinstance(module, DynamicReLU):
-        module.reset_limits()
 
 
 # Our modules and the authors' that hold the same tensors, several where ours are one (concatenated).
@@ -933,23 +971,35 @@ def _authors_modules(model: MobileFormer) -> Dict[str, Tuple[str, ...]]:
     return out
 
 
-def _convert_authors(state_dict: Dict[str, torch.Tensor], model: MobileFormer) -> Tuple[Dict[str, Any], Set[str]]:
-    """The authors' layout in ours, and the names in it that are missing."""
+def _convert_authors(
+        state_dict: Dict[str, torch.Tensor],
+        model: MobileFormer,
+) -> Tuple[Dict[str, torch.Tensor], Set[str], Set[str]]:
+    """The authors' layout in ours, the names in it that are missing, and those whose tensors cannot be merged."""
     modules = _authors_modules(model)
-    out: Dict[str, Any] = {}
+    target = model.state_dict()
+    out: Dict[str, torch.Tensor] = {}
     missing: Set[str] = set()
+    misshaped: Set[str] = set()
     used: Set[str] = set()
-    wanted = dict.fromkeys([*model.state_dict(), 'classifier.weight', 'classifier.bias'])
-    for key in wanted:
+    for key in dict.fromkeys([*target, 'classifier.weight', 'classifier.bias']):
         module, _, tensor = key.rpartition('.')
         names = ['tokens.weight'] if key == 'tokens' else [f'{m}.{tensor}' for m in modules[module]]
         used.update(names)
         missing.update(n for n in names if n not in state_dict)
-        if all(n in state_dict for n in names):
-            parts = [state_dict[n] for n in names]
-            out[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if any(n not in state_dict for n in names):
+            continue
+        if len(names) == 1:
+            out[key] = state_dict[names[0]]
+            continue
+        rows = [len(target[key]) // 2] * 2
+        if key.endswith(('slopes.fc2.weight', 'slopes.fc2.bias')):
+            rows = [2 * n for n in model.get_submodule(module.rpartition('.')[0]).chs]
+        found = {n: (tuple(state_dict[n].shape), (r, *target[key].shape[1:])) for n, r in zip(names, rows, strict=True)}
+        misshaped.update(f'{n} {shape} instead of {right}' for n, (shape, right) in found.items() if shape != right)
+        out[key] = torch.cat([state_dict[n] for n in names]) if not misshaped else target[key]
     out.update((k, v) for k, v in state_dict.items() if k not in used)  # surplus, to be named as such
-    return out, missing
+    return out, missing, misshaped
 
 
 def _name_some(names: Any, limit: int = 10) -> str:
@@ -975,15 +1025,16 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
             break
     state_dict = clean_state_dict(state_dict)
     missing: Set[str] = set()
+    misshaped: Set[str] = set()
     if 'tokens.weight' in state_dict:
-        state_dict, missing = _convert_authors(state_dict, model)
+        state_dict, missing, misshaped = _convert_authors(state_dict, model)
 
     target = model.state_dict()
     adaptable = ('classifier.weight', 'classifier.bias', 'stem.conv.weight')
     problems = {
         'missing': missing or {k for k in target if k not in state_dict},
         'surplus': {k for k in state_dict if k not in target},
-        'misshaped': {
+        'misshaped': misshaped | {
             f'{k} {tuple(v.shape)} instead of {tuple(target[k].shape)}' for k, v in state_dict.items()
             if k in target and v.shape != target[k].shape
         },
