@@ -1,10 +1,11 @@
 """Checkpoints as the authors' program writes them, filled with seeded numbers instead of trained weights.
 
 The numbers depend on the seed and on each tensor's name alone, so that the authors' program and ours can run the same
-network without having met. What theirs answered is kept in authors.safetensors, see test_parity.py.
+network without having met. What theirs answered, run by record_authors.py, is kept in authors.safetensors.
 """
 import zlib
-from typing import Dict, Iterator, Tuple
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ VARIANTS: Dict[str, Tuple[int, int, int, int, int, str]] = {
     '508m': (24, 6, 192, 1920, 1,
              'L2:24 D6,4:40 B3:40 D6,4:72 B3:72 D6,4:128 B4:128 B6:176 B6:176 D6,4:240 B6:240 B6:240'),
 }
+# Height, width, batch and seed of what was asked in evaluation and in training mode.
+EVAL_CASES = ((224, 224, 2, 0), (160, 96, 2, 1), (45, 67, 1, 2))
+TRAIN_CASE = (96, 64, 3, 3)
+ANSWERS = Path(__file__).with_name('authors.safetensors')
+
 Shapes = Iterator[Tuple[str, Tuple[int, ...]]]
 
 
@@ -128,3 +134,40 @@ def author_state_dict(variant: str, seed: int = 0) -> Dict[str, torch.Tensor]:
 def author_input(height: int = 224, width: int = 224, batch: int = 2, seed: int = 0) -> torch.Tensor:
     """A float64 batch (B, 3, H, W) in about the range of normalised images."""
     return seeded((batch, 3, height, width), 'input', seed, batch, height, width)
+
+
+def sketch(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor (B, ...) in four numbers an image, products with random numbers: each feels every entry."""
+    flat = tensor.flatten(1)
+    return flat @ seeded((flat.shape[1], 4), 'sketch')
+
+
+def parts(variant: str) -> List[str]:
+    """The parts of an authors' network: 'tokens', 'stem', 'features.0', ..."""
+    return list(dict.fromkeys(_part_of(name) for name, _ in _shapes(variant)))
+
+
+def _part_of(name: str) -> str:
+    return '.'.join(name.split('.')[:2 if name.startswith('features') else 1])
+
+
+def direction(variant: str, part: str) -> Dict[str, torch.Tensor]:
+    """An authors' checkpoint that is random in one part's tensors and 0 everywhere else.
+
+    Gradients and statistics are compared along it. It goes through `checkpoint_filter_fn` like any checkpoint, so the
+    comparison holds whatever tensors ours merges.
+    """
+    return {
+        name: seeded(shape, 'direction', name) if shape and _part_of(name) == part else
+        torch.zeros((), dtype=torch.float64).expand(shape)
+        for name, shape in _shapes(variant)
+    }
+
+
+def along(way: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tensor]) -> torch.Tensor:
+    """The inner product of a direction and of what lies in it: gradients by parameter, or buffers, by name."""
+    return sum(((way[k] * t).sum() for k, t in tensors.items()), torch.zeros((), dtype=torch.float64))
+
+
+def gradients(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
+    return {k: p.grad for k, p in model.named_parameters()}
