@@ -73,9 +73,8 @@ def find_lists(source: str) -> Dict[str, Tuple[ast.List, int]]:
             out[node.targets[0].id] = node.value
         elif isinstance(node, ast.FunctionDef):
             for call in node.decorator_list:
-                if isinstance(call, ast.Call) and ast.unparse(call.func) == 'pytest.mark.parametrize':
-                    if 'model_name' in ast.unparse(call.args[0]):
-                        out[node.name] = call.args[1]
+                if isinstance(call, ast.Call) and ast.unparse(call).startswith("pytest.mark.parametrize('model_name"):
+                    out[node.name] = call.args[1]
     return {k: v for k, v in out.items() if isinstance(v, ast.List)}
 
 
@@ -108,7 +107,7 @@ def main(args: List[str]) -> int:
         '-p', 'timm_mobileformer.mobileformer',  # imported before the tests are collected
         '-k', f"mobileformer and {'' if downloads else 'not '}({DOWNLOADS})", '-q', '-rs',
         *(a for a in args if a != '--downloads'),
-    ], cwd=root, env={k: v for k, v in os.environ.items() if k != 'GITHUB_ACTIONS'}).returncode  # it leaves tests out
+    ], env={k: v for k, v in os.environ.items() if k != 'GITHUB_ACTIONS'}).returncode  # there timm leaves tests out
 
 
 if __name__ == '__main__':
