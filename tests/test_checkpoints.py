@@ -1,0 +1,188 @@
+"""Checkpoints, the authors' and ours, load through timm's ordinary ways, or are refused by naming what is wrong."""
+import argparse
+from typing import Any, Dict
+
+import pytest
+import timm
+import torch
+from authors import ANSWERS, EVAL_CASES, VARIANTS, author_input, author_state_dict, sketch
+from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint
+from timm.utils import CheckpointSaver
+
+from timm_mobileformer import checkpoint_filter_fn
+
+ANSWER = load_file(ANSWERS)
+_, (HEIGHT, WIDTH, BATCH, SEED), *_ = EVAL_CASES
+SMALL = '26m'
+Tensors = Dict[str, torch.Tensor]
+
+
+def assert_answers_as_the_authors(model: Any, variant: str) -> None:
+    with torch.no_grad():
+        logits = model.double().eval()(author_input(HEIGHT, WIDTH, BATCH, SEED))
+    answer = ANSWER[f'{variant}.{HEIGHT}x{WIDTH}.logits']
+    torch.testing.assert_close(sketch(logits), answer, rtol=1e-9, atol=1e-9)
+
+
+def zeros_like(tensors: Tensors) -> Tensors:
+    return {k: torch.zeros_like(v) for k, v in tensors.items()}
+
+
+def ddp(tensors: Tensors) -> Tensors:
+    return {f'module.{k}': v for k, v in tensors.items()}
+
+
+WRAPPERS = {
+    'plain': lambda t: t,
+    'module': ddp,
+    'state_dict': lambda t: {'state_dict': t, 'epoch': 3},
+    'state_dict and module': lambda t: {'state_dict': ddp(t), 'arch': 'mobile_former', 'metric': 71.},
+    'args': lambda t: {'state_dict': t, 'args': argparse.Namespace(model='mobile_former'), 'optimizer': {}},
+    'ema before state_dict': lambda t: {'state_dict': zeros_like(t), 'state_dict_ema': t},
+    'ema and module': lambda t: {'state_dict': ddp(zeros_like(t)), 'state_dict_ema': ddp(t)},
+}
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_an_authors_file_loads_by_pretrained(variant, suffix, tmp_path):
+    path = tmp_path / f'checkpoint{suffix}'
+    (save_file if suffix == '.safetensors' else torch.save)(author_state_dict(variant, SEED), path)
+    model = timm.create_model(f'mobileformer_{variant}', pretrained=True, dtype=torch.float64,
+                              pretrained_cfg_overlay=dict(file=str(path)))
+    assert_answers_as_the_authors(model, variant)
+
+
+@pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=list(WRAPPERS))
+def test_wrappers_of_training_scripts_are_taken_off(wrap, tmp_path):
+    checkpoint = wrap(author_state_dict(SMALL, SEED))
+    path = str(tmp_path / 'checkpoint.pth.tar')
+    torch.save(checkpoint, path)
+    name, kwargs = f'mobileformer_{SMALL}', dict(dtype=torch.float64)
+
+    for overlay in dict(file=path), dict(state_dict=checkpoint):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        assert_answers_as_the_authors(model, SMALL)
+
+    model = timm.create_model(name, **kwargs)
+    load_checkpoint(model, path, filter_fn=checkpoint_filter_fn)
+    assert_answers_as_the_authors(model, SMALL)
+
+
+def test_the_weights_before_averaging_can_be_had_too(tmp_path):
+    tensors = author_state_dict(SMALL, SEED)
+    torch.save({'state_dict': tensors, 'state_dict_ema': zeros_like(tensors)}, tmp_path / 'checkpoint.pth')
+    model = timm.create_model(f'mobileformer_{SMALL}', dtype=torch.float64)
+    load_checkpoint(model, str(tmp_path / 'checkpoint.pth'), use_ema=False, filter_fn=checkpoint_filter_fn)
+    assert_answers_as_the_authors(model, SMALL)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(num_classes=7), dict(num_classes=0), dict(in_chans=1), dict(in_chans=1, num_classes=7),
+    dict(features_only=True), dict(features_only=True, out_indices=(1,), in_chans=4),
+])
+def test_another_task_takes_what_fits_of_an_authors_file(kwargs):
+    tensors = {k: v.float() for k, v in author_state_dict(SMALL, SEED).items()}
+    overlay = dict(state_dict=tensors)
+    model = timm.create_model(f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    trunk = model.model if kwargs.get('features_only') else model
+    assert torch.equal(trunk.stages[0][0].conv1.conv.weight, tensors['features.0.conv.0.weight'])
+    expected = tensors['stem.0.weight']
+    if kwargs.get('in_chans') == 1:
+        expected = expected.sum(1, keepdim=True)
+    if kwargs.get('in_chans') != 4:
+        assert torch.equal(trunk.stem.conv.weight, expected)
+    model.eval()(torch.zeros(1, kwargs.get('in_chans', 3), 64, 64))
+
+
+def test_our_own_layout_passes_untouched():
+    model = timm.create_model(f'mobileformer_{SMALL}')
+    tensors = model.state_dict()
+    filtered = checkpoint_filter_fn(tensors, model)
+    assert list(filtered) == list(tensors)
+    assert all(filtered[k].data_ptr() == t.data_ptr() and torch.equal(filtered[k], t) for k, t in tensors.items())
+
+
+def test_a_checkpoint_that_train_py_saved_loads_by_checkpoint_path(tmp_path):
+    model = timm.create_model('test_mobileformer', num_classes=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=0, metric=50.)
+    path = str(tmp_path / 'last.pth.tar')
+    loaded = timm.create_model('test_mobileformer', num_classes=5, checkpoint_path=path)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def refuse(tensors: Tensors, *names: str) -> None:
+    """Every way to load refuses `tensors`, and the error names what is wrong."""
+    model = timm.create_model(f'mobileformer_{SMALL}')
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    for load in (
+        lambda: model.load_state_dict(checkpoint_filter_fn(tensors, model)),
+        lambda: timm.create_model(
+            f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(tensors))),
+    ):
+        with pytest.raises(RuntimeError) as e:
+            load()
+        assert all(name in str(e.value) for name in names), e.value
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_missing_tensor_is_named():
+    tensors = author_state_dict(SMALL)
+    del tensors['features.3.hyper2.hyper.0.bias']
+    refuse(tensors, 'missing', 'features.3.hyper2.hyper.0.bias')
+
+
+def test_a_missing_classifier_is_named():
+    tensors = author_state_dict(SMALL)
+    del tensors['classifier.classifier.1.weight']
+    refuse(tensors, 'missing', 'classifier')
+
+
+def test_a_surplus_tensor_is_named():
+    refuse({**author_state_dict(SMALL), 'features.9.conv1.0.weight': torch.zeros(1)},
+           'surplus', 'features.9.conv1.0.weight')
+
+
+def test_a_misshaped_tensor_is_named_with_both_shapes():
+    tensors = author_state_dict(SMALL)
+    tensors['features.0.conv.0.weight'] = torch.zeros(24, 1, 5, 5)
+    refuse(tensors, 'misshaped', '(24, 1, 5, 5)', '(24, 1, 3, 3)')
+
+
+@pytest.mark.parametrize('shapes', [
+    {'q': (12, 64)},
+    {'q': (13, 128), 'alpha.0': (11, 128)},  # together as many rows as there should be
+])
+def test_a_misshaped_tensor_is_named_where_ours_merges_it_with_another(shapes):
+    tensors = author_state_dict(SMALL)
+    tensors.update({f'features.1.local_global.{k}.weight': torch.zeros(v) for k, v in shapes.items()})
+    refuse(tensors, 'misshaped', 'features.1.local_global.q.weight')
+
+
+@pytest.mark.parametrize('other', [v for v in VARIANTS if v != SMALL])
+def test_the_checkpoint_of_another_variant_is_refused(other):
+    refuse(author_state_dict(other), 'misshaped')
+
+
+def test_a_checkpoint_of_ours_that_does_not_fit_is_refused():
+    tensors = timm.create_model('mobileformer_52m').state_dict()
+    del tensors['tokens']
+    refuse(tensors, 'missing: tokens', 'misshaped')
+
+
+def test_a_foreign_checkpoint_is_refused():
+    refuse(timm.create_model('test_resnet').state_dict(), 'missing', 'final_conv.', 'surplus', 'bn1.bias')
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return print, ('this ran',)
+
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({'state_dict': Code()}, path)
+    with pytest.raises(RuntimeError, match='weights_only'):
+        timm.create_model(f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))

@@ -1,0 +1,575 @@
+"""What a user of timm may expect of a Mobile-Former, as far as timm's own suite (timm_suite.py) does not check it."""
+import copy
+import io
+import math
+import pickle
+from typing import Any, List
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models._manipulate import group_parameters
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.utils import reparameterize_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_mobileformer.mobileformer  # noqa: F401  (registers the models)
+
+TINY = 'test_mobileformer'
+TABLE = {  # exact parameters; millions of multiply-adds of convolutions and matrix products at 224 x 224
+    'mobileformer_26m': (3_232_788, 23.55),
+    'mobileformer_52m': (3_469_092, 49.29),
+    'mobileformer_96m': (4_585_252, 92.02),
+    'mobileformer_151m': (7_595_828, 146.25),
+    'mobileformer_214m': (9_425_920, 208.37),
+    'mobileformer_294m': (11_422_648, 286.73),
+    'mobileformer_508m': (13_976_976, 498.47),
+}
+
+
+def lively(model: Any, seed: int = 0) -> Any:
+    """Numbers as large as trained ones, so that every part of the network matters to the logits; for inference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith('running_var'):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.ndim == 1:
+                tensor.normal_(float(name.endswith('.weight')), 0.1, generator=generator)
+            elif tensor.ndim > 1:
+                fan_in = tensor[0].numel() if name != 'tokens' else 1
+                tensor.normal_(0, 1.15 / math.sqrt(fan_in), generator=generator)
+    return model.eval()
+
+
+def tiny(**kwargs: Any) -> Any:
+    return lively(timm.create_model(TINY, **kwargs))
+
+
+def images(height: int = 64, width: int = 96, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+# The family
+
+def test_all_eight_models_are_in_timms_lists():
+    assert set(timm.list_models('*mobileformer*')) == {*TABLE, TINY}
+    assert set(timm.list_models(module='mobileformer')) == {*TABLE, TINY}
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_parameters_are_those_of_the_table(name):
+    model = timm.create_model(name, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == TABLE[name][0]
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_multiply_adds_are_at_most_those_of_the_table(name):
+    model = timm.create_model(name, device='meta').eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    assert counter.get_total_flops() / 2 < (TABLE[name][1] + 0.005) * 1e6
+
+
+@pytest.mark.parametrize('no_grad', [torch.no_grad, torch.inference_mode])
+def test_flops_can_be_counted_without_gradients(no_grad):
+    model = tiny()
+    with FlopCounterMode(display=False) as counter:
+        model(images())
+    with no_grad(), FlopCounterMode(display=False) as other:
+        model(images())
+    assert other.get_total_flops() == counter.get_total_flops() > 0
+
+
+def test_the_tiny_model_is_tiny():
+    model = timm.create_model(TINY, device='meta')
+    assert sum(p.numel() for p in model.parameters()) < 500_000
+    assert model.pretrained_cfg['input_size'] == (3, 160, 160)
+
+
+def test_images_are_prepared_as_the_authors_did():
+    data = timm.data.resolve_model_data_config(timm.create_model('mobileformer_294m', device='meta'))
+    assert data['input_size'] == (3, 224, 224)
+    assert data['crop_pct'] == 0.875
+    assert data['interpolation'] == 'bilinear'
+    assert data['mean'] == timm.data.IMAGENET_DEFAULT_MEAN
+    assert data['std'] == timm.data.IMAGENET_DEFAULT_STD
+
+
+# Arguments of create_model
+
+@pytest.mark.parametrize('kwargs, shape', [
+    (dict(num_classes=7), (2, 7)),
+    (dict(num_classes=0), (2, 128)),
+    (dict(in_chans=1), (2, 1000)),
+    (dict(global_pool='max'), (2, 1000)),
+    (dict(global_pool=''), (2, 1000, 2, 3)),
+    (dict(num_classes=0, global_pool=''), (2, 128, 2, 3)),
+])
+def test_head_and_stem_arguments(kwargs, shape):
+    model = timm.create_model(TINY, **kwargs).eval()
+    assert model(images()[:, :kwargs.get('in_chans', 3)]).shape == shape
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_output_stride_dilates_instead_of_striding(output_stride):
+    model = timm.create_model(TINY, output_stride=output_stride).eval()
+    assert model.forward_features(images()).shape[2:] == (64 // output_stride, 96 // output_stride)
+    assert max(info['reduction'] for info in model.feature_info) == output_stride
+    model.load_state_dict(tiny().state_dict())  # no weight is another
+
+
+def test_an_unknown_output_stride_is_refused():
+    with pytest.raises(AssertionError, match='output_stride must be 8, 16 or 32'):
+        timm.create_model(TINY, output_stride=4)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match='no_such_argument'):
+        timm.create_model(TINY, no_such_argument=1)
+
+
+def test_drop_rate_is_the_dropout_before_the_classifier():
+    model = tiny(drop_rate=0.5)
+    assert_close(model(images()), tiny()(images()))
+    assert not torch.equal(model.head_drop.train()(torch.ones(100)), torch.ones(100))
+
+
+def test_drop_path_rate_grows_linearly_up_to_the_last_bridge():
+    model = timm.create_model(TINY, drop_path_rate=0.18)
+    blocks = [block for stage in model.stages for block in stage]
+    for i, block in enumerate(blocks, 1):
+        rates = [m.drop_prob for m in block.modules() if isinstance(m, timm.layers.DropPath)]
+        assert rates == pytest.approx([0.18 * i / len(blocks)] * (1 if i == 1 else 4))
+    assert model.mobile_to_former.drop_path.drop_prob == pytest.approx(0.18)
+
+
+def test_drop_path_drops_whole_images_and_only_in_training():
+    model = tiny(drop_path_rate=0.5)
+    assert_close(model(images()), tiny()(images()))
+    bridge = model.mobile_to_former.train()
+    torch.manual_seed(0)
+    z = torch.randn(1, 2, 32).expand(64, -1, -1)
+    kept = (bridge(torch.randn(1, 32, 4, 4).expand(64, -1, -1, -1), z) - bridge.norm(z)).abs() > 1e-6
+    assert 0 < kept.all(2).all(1).sum() < 64
+    assert torch.equal(kept.any(2).any(1), kept.any(2).all(1))
+
+
+def test_device_and_dtype_are_those_asked_for():
+    model = timm.create_model(TINY, device='meta', dtype=torch.bfloat16)
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    assert {(t.device.type, t.dtype) for t in tensors} == {('meta', torch.bfloat16)}
+
+
+def test_pretrained_cfg_overlay_is_taken():
+    overlay = dict(input_size=(3, 96, 96), crop_pct=1.0)
+    model = timm.create_model(TINY, pretrained_cfg_overlay=overlay)
+    assert timm.data.resolve_model_data_config(model)['input_size'] == (3, 96, 96)
+    assert model.pretrained_cfg['crop_pct'] == 1.0
+
+
+# Features and head
+
+def test_features_are_one_map_whose_last_channels_are_the_first_token():
+    model = tiny()
+    features = model.forward_features(images())
+    assert features.shape == (2, model.num_features, 2, 3)
+    token = features[:, -model.token_dim:]
+    assert torch.equal(token, token[:, :, :1, :1].expand_as(token))
+
+
+def test_the_head_needs_nothing_but_the_features():
+    model = tiny()
+    features, logits = model.forward_features(images()), model(images())
+    del model.stem, model.tokens, model.stages, model.mobile_to_former, model.final_conv
+    assert_close(model.forward_head(features), logits)
+    embedding = model.forward_head(features, pre_logits=True)
+    assert embedding.shape == (2, model.head_hidden_size)
+    assert_close(model.get_classifier()(embedding), logits)
+
+
+def test_without_pooling_the_head_runs_at_every_position():
+    model, dense = tiny(), tiny(global_pool='')
+    features = model.forward_features(images())
+    logits = dense.forward_head(features)
+    for y, x in (0, 0), (1, 2):
+        assert_close(logits[:, :, y, x], model.forward_head(features[:, :, y:y + 1, x:x + 1]))
+
+
+def test_reset_classifier_gives_a_new_one():
+    model = tiny()
+    model.reset_classifier(7)
+    assert model.num_classes == 7 and model(images()).shape == (2, 7)
+    assert 0.005 < model.get_classifier().weight.std() < 0.02 and not model.get_classifier().bias.any()
+
+
+@pytest.mark.parametrize('name', [*TABLE, TINY])
+def test_features_only_gives_maps_at_reductions_2_to_32(name):
+    model = timm.create_model(name, device='meta', features_only=True)
+    maps = model(torch.empty(1, 3, 64, 96, device='meta'))
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [m.shape[2:] for m in maps] == [(64 // r, 96 // r) for r in (2, 4, 8, 16, 32)]
+    assert all(model.model.get_submodule(n) for n in model.feature_info.module_name())
+
+
+def test_out_indices_choose_maps():
+    maps = tiny().forward_intermediates(images(), intermediates_only=True)
+    for out_indices in (1, 3), (-2, -1):
+        model = timm.create_model(TINY, features_only=True, out_indices=out_indices)
+        model.model.load_state_dict(tiny().state_dict(), strict=False)
+        assert_close(model.eval()(images()), [maps[i] for i in out_indices])
+
+
+def test_features_only_trains_with_gradient_checkpointing():
+    grads = []
+    for enable in False, True:
+        torch.manual_seed(0)
+        model = timm.create_model(TINY, features_only=True)
+        model.model.set_grad_checkpointing(enable)
+        sum(m.square().mean() for m in model.train()(images())).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        grads.append([p.grad for p in model.parameters()])
+    assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize('name', [TINY, 'mobileformer_26m'])
+def test_intermediates_are_the_maps_after_each_stage(name):
+    model = lively(timm.create_model(name))
+    seen = {}
+    for info in model.feature_info:
+        module = model.get_submodule(info['module'])
+        last = module[-1] if isinstance(module, nn.ModuleList) else module
+        last.register_forward_hook(lambda m, args, out, key=info['module']: seen.update({key: out}))
+    final, maps = model.forward_intermediates(images(), norm=True)
+    assert_close(final, model.forward_features(images()))
+    for info, map_ in zip(model.feature_info, maps, strict=True):
+        out = seen[info['module']]
+        assert torch.equal(map_, out[0] if isinstance(out, tuple) else out)
+    for indices in 2, [0, 3], [-1]:
+        _, some = model.forward_intermediates(images(), indices=indices)
+        chosen = maps[-2:] if indices == 2 else [maps[i] for i in indices]
+        assert_close(some, chosen)
+        early = model.forward_intermediates(images(), indices=indices, stop_early=True, intermediates_only=True)
+        assert_close(early, chosen)
+
+
+def test_stop_early_runs_no_stage_after_the_last_map():
+    model = tiny()
+    for block in model.stages[3]:
+        block.register_forward_hook(lambda m, args, out: pytest.fail('ran a stage too many'))
+    final, maps = model.forward_intermediates(images(), indices=[2], stop_early=True)
+    assert torch.equal(final, maps[0])
+
+
+def test_tokens_come_beside_the_maps_as_a_vision_transformer_returns_prefix_tokens():
+    model, vit = tiny(), timm.create_model('test_vit').eval()
+    _, ours = model.forward_intermediates(images(), return_prefix_tokens=True)
+    theirs = vit.forward_intermediates(torch.zeros(2, 3, 160, 160), return_prefix_tokens=True, intermediates_only=True)
+    assert [type(item) for item in ours] == [tuple] * 5
+    assert len(ours[0]) == len(theirs[0]) == 2 and type(theirs[0]) is tuple
+    maps = model.forward_intermediates(images(), intermediates_only=True)
+    for (map_, tokens), same in zip(ours, maps, strict=True):
+        assert torch.equal(map_, same) and tokens.shape == (2, 2, 32)
+    assert torch.equal(ours[0][1], model.tokens.expand(2, -1, -1))  # after the lite bottleneck
+    assert not torch.equal(ours[-1][1][0], ours[-1][1][1])
+
+
+def test_other_output_formats_are_refused():
+    with pytest.raises(AssertionError, match='output_fmt must be NCHW'):
+        tiny().forward_intermediates(images(), output_fmt='NLC')
+
+
+# Training
+
+@pytest.mark.parametrize('name', [TINY, 'mobileformer_294m'])
+def test_layer_decay_runs_from_stem_and_tokens_to_the_head(name):
+    model = timm.create_model(name, device='meta')
+    scales = {}
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in param_groups_layer_decay(model, layer_decay=0.5):
+        scales.update({names[id(p)]: group['lr_scale'] for p in group['params']})
+
+    blocks = [f'stages.{i}.{j}.' for i, stage in enumerate(model.stages) for j in range(len(stage))]
+    order = [('stem.', 'tokens'), *blocks[:-1], (blocks[-1], 'mobile_to_former.', 'final_conv.'),
+             ('head_hidden.', 'classifier.')]
+    for i, prefix in enumerate(reversed(order)):
+        assert {s for n, s in scales.items() if n.startswith(prefix)} == {0.5 ** i}, prefix
+    assert set(scales) == set(names.values())
+
+
+def test_coarse_groups_are_the_stages():
+    model = timm.create_model(TINY, device='meta')
+    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert groups['tokens'] == groups['stem.conv.weight'] == 0
+    for i, stage in enumerate(model.stages, 1):
+        assert {g for n, g in groups.items() if n.startswith(f'stages.{i - 1}.')} == {i}, stage
+
+
+def test_weight_decay_spares_norms_and_biases_but_not_the_tokens():
+    model = timm.create_model(TINY)
+    decayed = {id(p) for g in create_optimizer_v2(model, 'adamw', weight_decay=0.1).param_groups
+               if g['weight_decay'] for p in g['params']}
+    assert id(model.tokens) in decayed
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (p.ndim > 1), name
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for enable in False, True:
+        model = tiny(num_classes=5, drop_path_rate=0.3).train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
+        F.cross_entropy(model(images(batch=4)), torch.arange(4)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert_close(grads[1], grads[0])
+
+
+def test_images_of_a_batch_do_not_mix_in_inference():
+    model, x = tiny(), images(batch=3)
+    assert_close(model(x), torch.cat([model(x[i:i + 1]) for i in range(3)]))
+
+
+# Initialisation
+
+def _created() -> Any:
+    torch.manual_seed(0)
+    return timm.create_model('mobileformer_294m')
+
+
+def _after_to_empty() -> Any:
+    model = timm.create_model('mobileformer_294m', device='meta').to_empty(device='cpu')
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(float('nan') if tensor.is_floating_point() else -1)
+    torch.manual_seed(0)
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize('create', [_created, _after_to_empty])
+def test_initialisation_is_the_authors(create):
+    model = create()
+
+    def assert_normal(tensor: torch.Tensor, std: float, name: str) -> None:
+        error = 5 / math.sqrt(tensor.numel())  # five standard errors
+        assert tensor.mean().abs() < error * std, name
+        assert abs(tensor.std() / std - 1) < error, name
+
+    assert_normal(model.tokens, 1., 'tokens')
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels  # not divided by the groups
+            assert_normal(m.weight, math.sqrt(2 / fan_out), name)
+        elif isinstance(m, nn.Linear):
+            assert_normal(m.weight, 0.01, name)
+            assert not m.bias.any(), name
+        elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
+            assert (m.weight == 1).all() and not m.bias.any() and m.eps == 1e-5, name
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert not m.running_mean.any() and (m.running_var == 1).all() and m.num_batches_tracked == 0, name
+            assert m.momentum == 0.1, name
+
+
+def test_a_model_initialised_after_to_empty_computes_what_a_created_one_does():
+    model = timm.create_model(TINY, device='meta').to_empty(device='cpu')
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(float('nan') if tensor.is_floating_point() else -1)
+    model.init_weights()
+    assert_close(lively(model)(images()), tiny()(images()))
+
+
+# Reparameterisation
+
+def test_reparameterize_folds_every_norm_and_leaves_the_model_as_it_was():
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    fused = reparameterize_model(model)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    assert_close(fused(images()), model(images()), rtol=2e-5, atol=2e-5)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+
+
+def test_a_reparameterized_model_is_still_a_timm_model():
+    model, fused = tiny(), reparameterize_model(tiny())
+    assert_close(
+        fused.forward_intermediates(images(), return_prefix_tokens=True),
+        model.forward_intermediates(images(), return_prefix_tokens=True))
+    assert_close(torch.jit.script(fused)(images()), fused(images()))
+    fused.reset_classifier(7, 'max')
+    assert fused(images()).shape == (2, 7)
+    fused.prune_intermediate_layers([2])
+    assert fused(images()).shape == (2, 16, 8, 12)
+
+
+# Compilers and exporters. Fused models are what is shipped, so both forms go through each.
+
+@pytest.fixture(params=['as trained', 'reparameterized'])
+def model(request):
+    return reparameterize_model(tiny()) if request.param == 'reparameterized' else tiny()
+
+
+def test_torchscript_keeps_the_function_and_can_be_saved(model):
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    for size in (64, 96), (45, 33):
+        assert_close(loaded(images(*size)), model(images(*size)))
+
+
+def test_torchscript_trains_as_eager_does():
+    grads = []
+    for wrap in torch.jit.script, lambda m: m:
+        model = wrap(tiny(num_classes=5).train())
+        F.cross_entropy(model(images(batch=4)), torch.arange(4)).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    assert_close(grads[0], grads[1])
+
+
+def test_torchscript_takes_a_features_only_model():
+    model = timm.create_model(TINY, features_only=True).eval()
+    assert_close(torch.jit.script(model)(images()), model(images()))
+
+
+def test_trace_keeps_the_function_at_other_sizes(model):
+    traced = torch.jit.trace(model, images())
+    assert_close(traced(images(45, 33, 3)), model(images(45, 33, 3)))
+
+
+@pytest.mark.parametrize('name', [TINY, 'mobileformer_26m'])
+def test_fx_keeps_the_function_at_other_sizes(name):
+    model = lively(timm.create_model(name))
+    graph = torch.fx.symbolic_trace(model)
+    for size in (64, 96, 2), (45, 33, 3):
+        assert_close(graph(images(*size)), model(images(*size)))
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_compile_finds_one_graph_and_another_batch_size_costs_at_most_one_more(training):
+    torch._dynamo.reset()
+    model = tiny(num_classes=5, dtype=torch.float64).train(training).requires_grad_(training)
+    counter = CompileCounterWithBackend('aot_eager' if training else 'eager')
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
+    for batch in 2, 3, 5:
+        x = images(batch=batch).double()
+        out, expected = compiled(x), model(x)
+        assert_close(out, expected)
+        if training:
+            out.square().sum().backward()
+            expected.square().sum().backward()
+    assert counter.frame_count <= 2
+    assert_close([p.grad for p in compiled.parameters()], [p.grad for p in model.parameters()])
+
+
+def test_export_takes_any_batch_and_size(model):
+    dims = {0: torch.export.Dim('batch'), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (images(),), dynamic_shapes=(dims,))
+    for size in (64, 96, 2), (160, 128, 1), (45, 67, 3), (33, 40, 5):
+        assert_close(program.module()(images(*size)), model(images(*size)))
+
+
+@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
+def test_onnx_runtime_agrees_at_any_batch_and_size(exporter, tmp_path):
+    for package in 'onnx', 'onnxscript', 'onnxruntime':
+        pytest.importorskip(package, reason=f"{package} is missing, pip install 'timm_mobileformer[export]' brings it")
+    from onnxruntime import InferenceSession
+
+    if exporter == 'dynamo':
+        dims = {0: torch.export.Dim('batch'), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        kwargs: Any = dict(dynamo=True, dynamic_shapes=(dims,))
+    else:
+        axes = {'images': {0: 'batch', 2: 'height', 3: 'width'}, 'logits': {0: 'batch'}}
+        kwargs = dict(dynamo=False, dynamic_axes=axes)
+    model, path = tiny(), str(tmp_path / 'model.onnx')
+    torch.onnx.export(model, (images(),), path, input_names=['images'], output_names=['logits'], **kwargs)
+    session = InferenceSession(path, providers=['CPUExecutionProvider'])
+    for size in (64, 96, 2), (160, 160, 1), (45, 67, 3):
+        out, = session.run(None, {'images': images(*size).numpy()})
+        assert_close(torch.from_numpy(out), model(images(*size)).detach())
+
+
+# Memory formats, dtypes, devices, copies
+
+def test_channels_last_in_gives_channels_last_inside(model):
+    model = model.to(memory_format=torch.channels_last)
+    other = []
+
+    def look(module: nn.Module, args: Any, out: Any) -> None:
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if t.ndim == 4 and min(t.shape[1:]) > 1 and not t.is_contiguous(memory_format=torch.channels_last):
+                other.append(type(module).__name__)
+
+    x = images(160, 160)
+    expected = model(x)
+    for m in model.modules():
+        m.register_forward_hook(look)
+    out = model(x.contiguous(memory_format=torch.channels_last))
+    assert not other
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_a_cast_model_answers_in_its_dtype(model, dtype):
+    expected = model(images())
+    out = model.to(dtype)(images().to(dtype))
+    assert out.dtype == dtype
+    error = (out - expected).abs().mean() / expected.abs().mean()
+    assert error < {torch.float64: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_runs_forward_and_backward(dtype):
+    model = tiny(num_classes=5)
+    expected = model(images(batch=4))
+    with torch.autocast('cpu', dtype):
+        out = model(images(batch=4))
+    assert (out - expected).abs().mean() / expected.abs().mean() < 0.1
+
+    model.train()
+    with torch.autocast('cpu', dtype):
+        loss = F.cross_entropy(model(images(batch=4)), torch.arange(4))
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_shapes_can_be_asked_of_a_meta_model():
+    model = timm.create_model(TINY, device='meta')
+    assert model(torch.empty(2, 3, 64, 96, device='meta')).shape == (2, 1000)
+
+
+def test_a_fake_accelerator_runs_without_reading_a_value():
+    with FakeTensorMode():
+        model = timm.create_model(TINY, device='cuda')
+        for training in True, False:
+            out = model.train(training)(torch.empty(2, 3, 64, 96, device='cuda'))
+            assert out.shape == (2, 1000) and out.device.type == 'cuda'
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copies_compute_the_same_and_share_nothing(model, copied):
+    other = copied(model)
+    assert torch.equal(other(images()), model(images()))
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in other.parameters()}
+
+
+@pytest.mark.parametrize('name', [TINY, 'mobileformer_26m', 'mobileformer_96m'])
+def test_any_image_of_at_least_32_pixels_is_taken(name):
+    model = timm.create_model(name)
+    for height, width in (32, 32), (33, 47), (32, 161), (95, 64):
+        x = images(height, width)
+        model.train()(x).sum().backward()
+        model.eval()
+        assert torch.isfinite(model(x)).all()
+        maps: List[torch.Tensor] = model.forward_intermediates(x, intermediates_only=True)
+        for info, m in zip(model.feature_info, maps, strict=True):
+            assert m.shape[2:] == (-(-height // info['reduction']), -(-width // info['reduction']))
