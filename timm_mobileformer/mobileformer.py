@@ -127,6 +127,27 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
     return torch.maximum(lo * x, hi * x)
 
 
+@torch.fx.wrap
+def limit_slopes(t: torch.Tensor, limits: torch.Tensor, folded: bool) -> List[torch.Tensor]:
+    """Clamp what the MLPs of `DynamicReLU` answer.
+
+    Args:
+        t: Answers (..., 2, C, 1, 1).
+        limits: Lower limit, centre and upper limit of both slopes (3, 2).
+        folded: Whether ``t / 3 + centre`` is done.
+
+    Returns:
+        Smaller slope, larger slope and their ratio, each (..., C, 1, 1).
+    """
+    if limits.dtype != t.dtype:  # autocast
+        limits = limits.to(t.dtype)
+    lower, centre, upper = limits.view(3, 2, 1, 1, 1).unbind(0)
+    if not folded:
+        t = torch.add(centre, t, alpha=1 / 3)
+    lo, hi = torch.aminmax(torch.clamp(t, lower, upper), dim=-4)
+    return [lo, hi, (lo / hi).detach()]
+
+
 class DynamicReLU(nn.Module):
     """The slopes of the two dynamic ReLUs of a Mobile block, driven by its first token (Sec. 3.2, "Mobile sub-block").
 
@@ -179,27 +200,19 @@ class DynamicReLU(nn.Module):
         if n1 == n2 and not _is_exporting():  # one batched product
             h = h.view(-1, 2, self.hidden).transpose(0, 1)
             t = torch.baddbmm(bias.view(2, 1, -1), h, weight.view(2, 2 * n1, self.hidden).transpose(1, 2))
-            lo, hi, ratio = self._limit(t.view(2, -1, 2, n1, 1, 1))
+            lo, hi, ratio = limit_slopes(t.view(2, -1, 2, n1, 1, 1), self.limits, self.folded)
             return [lo[0], hi[0], ratio[0], lo[1], hi[1], ratio[1]]
         h1, h2 = h.chunk(2, 1)
         t1 = F.linear(h1, weight[:2 * n1], bias[:2 * n1])
         t2 = F.linear(h2, weight[2 * n1:], bias[2 * n1:])
         if _is_exporting():
             return self._plain(t1) + self._plain(t2)
-        lo, hi, ratio = self._limit(torch.cat([t1.view(-1, 2, n1, 1, 1), t2.view(-1, 2, n2, 1, 1)], dim=2))
+        t = torch.cat([t1.view(-1, 2, n1, 1, 1), t2.view(-1, 2, n2, 1, 1)], dim=2)
+        lo, hi, ratio = limit_slopes(t, self.limits, self.folded)
         return [lo[:, :n1], hi[:, :n1], ratio[:, :n1], lo[:, n1:], hi[:, n1:], ratio[:, n1:]]
 
-    def _limit(self, t: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the MLPs answer (..., 2, C, 1, 1) to smaller slope, larger slope and their ratio."""
-        limits = self.limits if self.limits.dtype == t.dtype else self.limits.to(t.dtype)  # autocast
-        lower, centre, upper = limits.view(3, 2, 1, 1, 1).unbind(0)
-        if not self.folded:
-            t = torch.add(centre, t, alpha=1 / 3)
-        lo, hi = torch.aminmax(torch.clamp(t, lower, upper), dim=-4)
-        return lo, hi, (lo / hi).detach()
-
     def _plain(self, t: torch.Tensor) -> List[torch.Tensor]:
-        """The same of one MLP's answer (B, 2 C) in plain operators, the slopes in any order, which a maximum allows."""
+        """What one MLP answers (B, 2 C) in plain operators; the slopes in any order, which a maximum allows."""
         t1, t2 = t.view(t.shape[0], -1, 1, 1).chunk(2, dim=1)
         if not self.folded:
             t1, t2 = t1 / 3 + 1, t2 / 3
@@ -272,7 +285,7 @@ class MobileToFormer(nn.Module):
 
     def query_gate(self, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, M, d) to scaled queries and gates, both (B * M, C)."""
-        q, gate = self.q_gate(z.view(-1, z.shape[2])).chunk(2, dim=-1)
+        q, gate = self.q_gate(z.contiguous().view(-1, z.shape[2])).chunk(2, dim=-1)
         if self.folded:
             return q, F.hardtanh(gate, 0., 2.)
         return q * self.scale, F.hardtanh(gate / 3. + 1., 0., 2.)
@@ -326,6 +339,7 @@ class Former(nn.Module):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Tokens (B, M, d) to tokens (B, M, d)."""
         B, M, d = z.shape
+        z = z.contiguous()
         h, c = self.num_heads, d // self.num_heads
         q = self.q(z.view(B * M, d))
         if not self.folded:
@@ -425,7 +439,7 @@ class FormerToMobile(nn.Module):
 
     def key_value(self, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, M, d) to scaled keys and values, both (B * M, C)."""
-        k, v = self.kv(z.view(-1, z.shape[2])).chunk(2, dim=-1)
+        k, v = self.kv(z.contiguous().view(-1, z.shape[2])).chunk(2, dim=-1)
         return (k if self.folded else k * self.scale), v
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -913,6 +927,8 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
         module.reset_parameters()
+    elif isinstance(module, DynamicReLU):
+        module.reset_limits()
 
 
 # Our modules and the authors' that hold the same tensors, several where ours are one (concatenated).
