@@ -28,6 +28,7 @@ import timm
 import torch
 import torch.nn as nn
 from PIL import Image
+from safetensors import SafetensorError
 from timm.data import ImageDataset, create_dataset, create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import load_checkpoint, resolve_model_input_args, save_for_hf
@@ -41,7 +42,7 @@ import timm_mobileformer  # noqa: F401  registers the models
 from .digits import write_digits
 
 SPLITS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'evaluation')}
-DIGITS = dict(img_size=64, epochs=15, lr=2e-3, scale=(0.7, 1.0), hflip=0.)  # instead of the defaults for a folder
+DIGITS = dict(img_size=64, epochs=12, lr=2e-3, scale=(0.7, 1.0), hflip=0.)  # instead of the defaults for a folder
 
 
 class InputError(Exception):
@@ -74,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth')
 
     group = parser.add_argument_group('training')
-    group.add_argument('--epochs', type=int, default=30, metavar='N', help='default: 30; digits: 15')
+    group.add_argument('--epochs', type=int, default=30, metavar='N', help='default: 30; digits: 12')
     group.add_argument('-b', '--batch-size', type=int, default=64, metavar='N')
     group.add_argument('--lr', type=float, default=1e-3, help='of AdamW, at its highest (default: 1e-3; digits: 2e-3)')
     group.add_argument('--weight-decay', type=float, default=0.05, metavar='W')
@@ -219,8 +220,7 @@ def train(
         model, 'adamw', lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer, num_epochs=args.epochs, warmup_epochs=args.epochs / 10, warmup_lr=args.lr / 100,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader))
+        step_on_epochs=False, updates_per_epoch=len(loader))
     ema = ModelEmaV3(model, decay=0.9998, use_warmup=True)
     saved_args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     saver = CheckpointSaver(
@@ -251,7 +251,11 @@ def train(
                 bar.update()
             probs, targets = evaluate(ema.module, held_out_loader)
             top1 = accuracy(probs, targets)[0].item()
-            best, best_epoch = saver.save_checkpoint(epoch, top1)
+            try:
+                best, best_epoch = saver.save_checkpoint(epoch, top1)
+            except RuntimeError as e:  # what PyTorch's writer makes of an OSError
+                raise InputError(f'no checkpoint could be written to {args.output}; is the disk full? ({e})'
+                                 + kept(args.output)) from e
             bar.write(f'epoch {epoch + 1:3} of {args.epochs}: loss {losses.avg:.4f}, held-out top-1 {top1:.2f} %')
     finally:
         bar.close()
@@ -382,7 +386,7 @@ def main() -> None:
                 args.data_dir = Path(folder)
                 write_digits(args.data_dir)
             finetune(args)
-    except (InputError, ModuleNotFoundError, OSError) as e:
+    except (InputError, ModuleNotFoundError, OSError, SafetensorError) as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
