@@ -37,10 +37,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, accuracy, random_seed
 from tqdm import tqdm
 
-import timm_mobileformer  # noqa: F401  registers the models
-
 from .digits import write_digits
 
+# what timm takes for the names of both splits
 SPLITS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'evaluation')}
 DIGITS = dict(img_size=64, epochs=12, lr=2e-3, scale=(0.7, 1.0), hflip=0.)  # instead of the defaults for a folder
 
@@ -98,10 +97,12 @@ def parse_args() -> argparse.Namespace:
     if args.data_dir is None:
         parser.set_defaults(**DIGITS)
         args = parser.parse_args()
-    for name, least in dict(img_size=32, epochs=1, batch_size=2, workers=0).items():
+    for name, least in dict(img_size=32, epochs=1, batch_size=2, workers=0, lr=0, weight_decay=0).items():
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f'--{name.replace("_", "-")} must be at least {least}, not {value}')
+    if not 0 <= args.smoothing < 1:
+        parser.error(f'--smoothing must be at least 0 and less than 1, not {args.smoothing}')
     return args
 
 
@@ -208,11 +209,11 @@ def train(
         model: nn.Module,
         loader: Any,
         held_out_loader: Any,
-) -> Tuple[float, int, float]:
-    """Train, and keep a checkpoint of the last and of the best epoch.
+) -> Tuple[int, float]:
+    """Train, and keep a checkpoint of the last and of the best epoch by held-out top-1.
 
     Returns:
-        Held-out top-1 of the best epoch in percent, which epoch that was, from 0, and top-1 of the last one.
+        Which epoch was the best, from 0, and top-1 of the last one in percent.
     """
     device = next(model.parameters()).device
     loss_fn = LabelSmoothingCrossEntropy(args.smoothing)
@@ -223,8 +224,7 @@ def train(
         step_on_epochs=False, updates_per_epoch=len(loader))
     ema = ModelEmaV3(model, decay=0.9998, use_warmup=True)
     saved_args = argparse.Namespace(**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    saver = CheckpointSaver(
-        model, optimizer, saved_args, ema, checkpoint_dir=str(args.output), max_history=1)
+    saver = CheckpointSaver(model, optimizer, saved_args, ema, checkpoint_dir=str(args.output), max_history=1)
     autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def train(
             probs, targets = evaluate(ema.module, held_out_loader)
             top1 = accuracy(probs, targets)[0].item()
             try:
-                best, best_epoch = saver.save_checkpoint(epoch, top1)
+                _, best_epoch = saver.save_checkpoint(epoch, top1)
             except RuntimeError as e:  # what PyTorch's writer makes of an OSError
                 raise InputError(f'no checkpoint could be written to {args.output}; is the disk full? ({e})'
                                  + kept(args.output)) from e
@@ -262,7 +262,7 @@ def train(
         (args.output / 'tmp.pth.tar').unlink(missing_ok=True)  # of a checkpoint that could not be finished
         if not any(args.output.iterdir()):
             args.output.rmdir()
-    return best, best_epoch, top1
+    return best_epoch, top1
 
 
 def kept(output: Path) -> str:
@@ -340,22 +340,25 @@ def finetune(args: argparse.Namespace) -> None:
         print("no picture will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
 
     data_config = resolve_model_data_config(model, vars(args))
-    loader, held_out_loader = (
-        create_loader(
-            dataset,
-            batch_size=min(args.batch_size, len(dataset)),
-            is_training=dataset is datasets[0],
-            scale=args.scale,
-            hflip=args.hflip,
-            auto_augment=args.aa,
-            num_workers=args.workers,
-            device=device,
-            **data_config,
-        ) for dataset in datasets)
+    try:
+        loader, held_out_loader = (
+            create_loader(
+                dataset,
+                batch_size=min(args.batch_size, len(dataset)),
+                is_training=dataset is datasets[0],
+                scale=args.scale,
+                hflip=args.hflip,
+                auto_augment=args.aa,
+                num_workers=args.workers,
+                device=device,
+                **data_config,
+            ) for dataset in datasets)
+    except AssertionError as e:  # timm knows no such policy
+        raise InputError(f'--aa {args.aa}: {e}') from e
     print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
           f'{len(classes):,} classes, {len(datasets[0]):,} images to train on, {len(datasets[1]):,} held out, '
           f'{" × ".join(map(str, data_config["input_size"][1:]))} pixels')
-    best, best_epoch, last = train(args, model, loader, held_out_loader)
+    best_epoch, last = train(args, model, loader, held_out_loader)
 
     checkpoint = str(output / 'model_best.pth.tar')
     load_checkpoint(model, checkpoint)  # what was saved is what is reported
