@@ -254,3 +254,14 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, shapes):
     assert 'Traceback' not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f'error: no checkpoint could be written to {tmp_path / "out"}; ')
     assert not (tmp_path / 'out').exists()
+
+
+def test_without_the_demo_extra_it_says_what_to_install(tmp_path, shapes, capsys, monkeypatch):
+    for package in 'sklearn', 'sklearn.datasets', 'matplotlib':
+        monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install 'timm_mobileformer[demo]'" in refused(capsys, *TINY, '--output', tmp_path / 'digits')
+
+    run_here('--data-dir', shapes, *TINY, '--workers', 0, '--output', tmp_path / 'out')
+    assert "no picture will be drawn: pip install 'timm_mobileformer[demo]'" in capsys.readouterr().out
+    assert {f.name for f in (tmp_path / 'out').iterdir()} >= FILES - {'predictions.png'}
+    assert not (tmp_path / 'out' / 'predictions.png').exists()
