@@ -3,6 +3,7 @@
     python -m timm_mobileformer.digits FOLDER
 """
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,12 @@ def main() -> None:
         prog='python -m timm_mobileformer.digits',
         description='Write the handwritten digits of scikit-learn as class folders, a fifth of every class held out.')
     parser.add_argument('folder', type=Path)
-    write_digits(parser.parse_args().folder)
+    args = parser.parse_args()
+    try:
+        write_digits(args.folder)
+    except (ModuleNotFoundError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == '__main__':
