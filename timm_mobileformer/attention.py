@@ -65,7 +65,7 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
     if compiled or not isinstance(net, MobileFormer):
         raise TypeError(
             'attention is read inside a Mobile-Former as create_model returns it, with features_only or without, '
-            f'before it is compiled, scripted or wrapped; not in a {"compiled " * compiled}{type(net).__name__}')
+            f'before it is compiled, scripted or wrapped; not in {"compiled " * compiled}{type(net).__name__}')
 
     maps: List[BridgeAttention] = []
     names = {m: n.removesuffix('.mobile_to_former') for n, m in net.named_modules() if isinstance(m, MobileToFormer)}
@@ -159,7 +159,7 @@ def draw(
     text(0.2, y0 - 0.06, _shorten(title, 28), fontsize=8, va='bottom')
     for i, (name, probability) in enumerate(top):
         y, weight = y0 + size + 0.1 + 0.2 * i, 'normal' if i else 'bold'
-        name = _shorten(name.split(',')[0], 22)  # the first of an ImageNet class's synonyms
+        name = _shorten(name.split(',')[0], 20)  # the first of an ImageNet class's synonyms
         text(0.2, y, name, fontsize=8, va='top', weight=weight)
         text(0.2 + size, y, f'{probability:.1%}', fontsize=8, va='top', ha='right', weight=weight)
 
@@ -222,7 +222,8 @@ def _load_model(args: argparse.Namespace) -> Tuple[MobileFormer, Dict[str, Any]]
                 saved = load_checkpoint_metadata(args.checkpoint).get('args') or {}
                 saved = saved if isinstance(saved, dict) else vars(saved)
         except Exception as e:  # a file of another kind makes its reader raise anything
-            raise ValueError(f'cannot read {args.checkpoint} as a checkpoint: {str(e) or type(e).__name__}') from e
+            reason = str(e).split('. ')[0] or type(e).__name__  # the first sentence; timm goes on to advise
+            raise ValueError(f'cannot read {args.checkpoint} as a checkpoint: {reason}') from e
         state_dict = checkpoint_filter_fn(state_dict, model)
         model.reset_classifier(len(state_dict.get('classifier.bias', ())))
         model.load_state_dict(state_dict)
@@ -230,7 +231,9 @@ def _load_model(args: argparse.Namespace) -> Tuple[MobileFormer, Dict[str, Any]]
         raise ValueError(f'the weights of {args.checkpoint or args.model} have no classifier')
     if args.num_classes not in (None, model.num_classes):
         raise ValueError(f'--num-classes {args.num_classes}, but the weights have {model.num_classes} classes')
-    if args.img_size:
+    if args.img_size is not None:
+        if args.img_size < 32:
+            raise ValueError(f'--img-size must be at least 32, not {args.img_size}')
         saved = {**saved, 'input_size': None, 'img_size': args.img_size}
     return model.eval(), resolve_model_data_config(model, saved)
 
