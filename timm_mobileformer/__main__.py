@@ -5,9 +5,10 @@
 What follows --config may be the name of a recipe that comes with the package instead of a file.
 """
 import argparse
+import io
 import os
-import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any, List
 
@@ -36,14 +37,19 @@ def find_recipe(option: str, value: str) -> str:
 def run_script(script: str, args: List[str]) -> None:
     """Run a script as `python SCRIPT ARGS...` would."""
     path = os.path.abspath(script)
-    if not os.path.exists(path):
-        print(f"{sys.executable}: can't open file {path!r}: [Errno 2] No such file or directory", file=sys.stderr)
+    try:
+        with io.open_code(path) as f:
+            source = f.read()
+    except OSError as e:
+        print(f"{sys.executable}: can't open file {path!r}: [Errno {e.errno}] {e.strerror}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [script, *map(find_recipe, [script, *args], args)]
     if not getattr(sys.flags, 'safe_path', sys.flags.isolated):  # safe_path came with Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(path))
+    main_module = sys.modules['__main__'] = types.ModuleType('__main__')
+    main_module.__file__ = path
     try:
-        runpy.run_path(path, run_name='__main__')
+        exec(compile(source, path, 'exec'), main_module.__dict__)
     except Exception as e:
         tb = e.__traceback__
         while tb and tb.tb_frame.f_code.co_filename != path:  # none of our frames in the traceback
