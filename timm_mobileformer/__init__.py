@@ -1,13 +1,73 @@
-"""Mobile-Former (Chen et al., CVPR 2022) for timm: importing this package registers the models."""
-from typing import Any
+"""Mobile-Former (Chen et al., CVPR 2022) for timm.
 
-from .mobileformer import DynamicReLU, MobileFormer, checkpoint_filter_fn
+Importing this package registers the models with timm, at once where timm is there already, else right after timm has
+loaded its own. PyTorch imports it too, by an entry point of the group `torch.backends`, so that a program or library
+which knows nothing of this package finds the models by name. Nothing is imported before timm is.
+"""
+import sys
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, List
+
+if TYPE_CHECKING:
+    from .attention import attention_maps
+    from .mobileformer import DynamicReLU, MobileFormer, checkpoint_filter_fn
 
 __all__ = ['DynamicReLU', 'MobileFormer', 'attention_maps', 'checkpoint_filter_fn']
+_MODULES = {
+    'DynamicReLU': 'mobileformer',
+    'MobileFormer': 'mobileformer',
+    'attention_maps': 'attention',
+    'checkpoint_filter_fn': 'mobileformer',
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == 'attention_maps':  # lazily, the module is a program too
-        from .attention import attention_maps
-        return attention_maps
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in _MODULES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _ModelsLoader:
+    """Loads `timm.models` as its own loader does, then the Mobile-Formers."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        try:
+            import_module('.mobileformer', __name__)
+        except Exception as e:  # whoever imports timm may not want a Mobile-Former
+            warnings.warn(f'timm does not know the Mobile-Formers, {__name__} failed to load: {e!r}', stacklevel=2)
+
+
+class _ModelsFinder:
+    """Finds `timm.models` by asking the finders after it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name == 'timm.models':
+            for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
+                spec: Any = finder.find_spec(name, path, target)
+                if spec is not None:
+                    spec.loader = _ModelsLoader(spec.loader)
+                    return spec
+        return None
+
+
+def _autoload() -> None:
+    """What PyTorch calls when it is imported; importing this package was all there is to do."""
+
+
+if hasattr(sys.modules.get('timm'), 'create_model'):
+    import_module('.mobileformer', __name__)
+else:
+    sys.meta_path.insert(0, _ModelsFinder())

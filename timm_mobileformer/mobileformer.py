@@ -90,7 +90,7 @@ def _is_exporting() -> bool:
 
 
 class DynamicReLUFunction(torch.autograd.Function):
-    """``max(lo * x, hi * x)`` for ``0 < hi >= lo``: one pass over the map, ``prelu(x, lo / hi)``, then a scaling in place.
+    """``max(lo * x, hi * x)`` for ``0 < hi >= lo``: ``prelu(x, lo / hi)`` in one pass, then a scaling in place.
 
     Kept for backward are the input and the slopes alone; autograd would also keep both products. The backward pass is
     made of differentiable operators, so second derivatives are right.
@@ -120,7 +120,7 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
         hi: The larger slope of each channel (B, C, 1, 1), greater than 0.
         ratio: ``lo / hi``.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
         # float16 cannot hold the ratio where hi is close to 0
         if x.dtype != torch.float16 and not _is_exporting():
             return DynamicReLUFunction.apply(x, lo, hi, ratio)
@@ -149,7 +149,7 @@ def limit_slopes(t: torch.Tensor, limits: torch.Tensor, folded: bool) -> List[to
 
 
 class DynamicReLU(nn.Module):
-    """The slopes of the two dynamic ReLUs of a Mobile block, driven by its first token (Sec. 3.2, "Mobile sub-block").
+    """The slopes of the two dynamic ReLUs of Mobile, driven by the first token (Sec. 3.2, "Mobile sub-block").
 
     A small MLP for each gives the two slopes of every channel, ``2 * theta_1`` in [0, 2] and ``2 * theta_2 - 1`` in
     [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``; in other words ``t / 3 + 1`` and ``t / 3``, clamped. Both
