@@ -138,7 +138,7 @@ def check_ddp_with_channels_last(rank):
 def check_ddp_compiled(rank):
     reference, model = freeze(create()), freeze(create())
     train(reference)
-    train(model, torch.compile(DistributedDataParallel(model), backend='aot_eager'), mine(rank))
+    train(model, torch.compile(DistributedDataParallel(model), backend='eager'), mine(rank))
     assert_equal(model, reference)
 
 
@@ -252,7 +252,7 @@ def run(rank, folder):
     raised = {}
     try:
         for name, check in CHECKS.items():
-            t=__import__('time').time();check(rank);print(name,__import__('time').time()-t,flush=True)
+            check(rank)
             raised[name] = ''
             dist.barrier()
     except Exception:
