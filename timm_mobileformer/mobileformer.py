@@ -84,8 +84,8 @@ def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
 
 
 def _is_exporting() -> bool:
-    """Whether a graph is being recorded, for which plain operators serve better than fused ones."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    """Whether a graph is being recorded for another runtime, for which plain operators serve better than fused ones."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class DynamicReLUFunction(torch.autograd.Function):
@@ -121,7 +121,7 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
     """
     if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
         # float16 cannot hold the ratio where hi is close to 0
-        if x.dtype != torch.float16 and not _is_exporting():
+        if x.dtype != torch.float16 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return DynamicReLUFunction.apply(x, lo, hi, ratio)
     return torch.maximum(lo * x, hi * x)
 
@@ -237,16 +237,17 @@ def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
 
     Args:
         q: Scaled queries (B, h, M, c).
-        kv: Keys, which are the values too, (B, h, N, c), read in place whatever its memory format.
+        kv: Keys, which are the values too, (B, h, c, N), read in place whatever its memory format.
         fused_attn: Use the fused kernel where it can read `kv` in place.
 
     Returns:
         (B, M, h, c), heads not yet concatenated.
     """
-    if fused_attn and kv.stride(3) == 1 and not _is_exporting():
+    if fused_attn and kv.stride(2) == 1 and not _is_exporting():
+        kv = kv.transpose(2, 3)
         o = F.scaled_dot_product_attention(q, kv, kv, scale=1.)
     else:
-        o = (q @ kv.transpose(2, 3)).softmax(dim=-1) @ kv
+        o = (q @ kv).softmax(dim=-1) @ kv.transpose(2, 3)
     return o.transpose(1, 2)
 
 
@@ -296,7 +297,7 @@ class MobileToFormer(nn.Module):
         B, C, H, W = x.shape
         h, c = self.num_heads, C // self.num_heads
         q, gate = self.query_gate(z)
-        o = attend(q.view(B, -1, h, c).transpose(1, 2), x.view(B, h, c, H * W).transpose(2, 3), self.fused_attn)
+        o = attend(q.view(B, -1, h, c).transpose(1, 2), x.view(B, h, c, H * W), self.fused_attn)
         o = self.proj((gate.view(o.shape) * o).view(-1, C)).view(z.shape)
         return self.norm(z + self.drop_path(o))
 
@@ -345,7 +346,7 @@ class Former(nn.Module):
         q = self.q(z.view(B * M, d))
         if not self.folded:
             q = q * self.scale
-        o = attend(q.view(B, M, h, c).transpose(1, 2), z.view(B, M, h, c).transpose(1, 2), self.fused_attn)
+        o = attend(q.view(B, M, h, c).transpose(1, 2), z.view(B, M, h, c).permute(0, 2, 3, 1), self.fused_attn)
         o = o.contiguous().view(B * M, d)
         z = self.norm1(z + self.drop_path(self.proj(o).view(B, M, d)))
         z = z.view(B * M, d)
