@@ -22,7 +22,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import timm
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -383,8 +383,8 @@ def _advice(error: BaseException, repo_id: str) -> str:
             return 'HF_HUB_OFFLINE is set, unset it'
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return f'{_line(cause)}; free some space and run this again'
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
+        if (response := getattr(cause, 'response', None)) is not None:
+            status = response.status_code
             if status == 401:
                 return 'the Hub knows no such token (401); log in with `hf auth login` or set HF_TOKEN'
             if status == 403:
@@ -395,7 +395,7 @@ def _advice(error: BaseException, repo_id: str) -> str:
                 return f'somebody else changed it meanwhile ({status}); look at it, and run this again'
             if status >= 500:
                 return f'the Hub is in trouble ({status}); run this again later'
-            return f'the Hub refuses ({status}): {cause.server_message or _line(cause)}'
+            return f'the Hub refuses ({status}): {_line(cause)}'
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, ValueError):
         return _line(error)

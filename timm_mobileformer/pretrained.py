@@ -7,7 +7,6 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -48,8 +47,8 @@ def why(error: BaseException) -> str:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return 'it holds no weights'
     for e in causes:
-        if isinstance(e, HfHubHTTPError):
-            return f'the Hub answered {e.response.status_code} {e.response.reason_phrase}'
+        if (response := getattr(e, 'response', None)) is not None:
+            return f'the Hub answered {response.status_code}'
     if isinstance(error, LocalEntryNotFoundError):
         return f'the Hub cannot be reached ({error.__cause__ or error})'
     return str(error) or type(error).__name__
