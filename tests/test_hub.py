@@ -491,6 +491,20 @@ def test_a_failure_at_any_step_gives_one_line_and_leaves_the_hub_as_it_was(publi
     assert snapshot(hub, repository('26m', 'others')) == state
 
 
+def test_what_somebody_else_commits_meanwhile_is_not_overwritten(published, hub, clients, other, tmp_path):
+    repo = 'others/busy'
+    shutil.copytree(hub.folder / repository('26m'), hub.folder / repo)
+
+    def commit_first():
+        hub.faults.pop((repo, 'preupload'))
+        hub.commit(repo, 'main', {'notes.txt': hub.keep(repo, b'by somebody else')}, 'notes')
+
+    hub.faults[repo, 'preupload'] = commit_first
+    result = clients(tmp_path, {'late': upload('mobileformer_26m', '--checkpoint', other, '--repo-id', repo)})['late']
+    assert 'somebody else changed it meanwhile (412)' in message(result)
+    assert hub.files(repo) == {**hub.files(repository('26m')), 'notes.txt': b'by somebody else'}
+
+
 def test_an_upload_killed_at_any_step_leaves_nothing_visible_and_completes_when_run_again(
         published, hub, clients, other, tmp_path):
     def kill(name: str):
