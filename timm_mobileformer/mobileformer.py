@@ -36,6 +36,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from .pretrained import explain_missing_weights
+
 __all__ = ['DynamicReLU', 'MobileFormer', 'checkpoint_filter_fn']
 
 
@@ -1064,19 +1066,20 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: MobileFormer) -> Dic
 
 
 def _cfg(variant: str = '', **kwargs: Any) -> Dict[str, Any]:
-    hub = os.environ.get('TIMM_MOBILEFORMER_HUB') or 'timm-mobileformer'
     cfg = {
         'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv', 'classifier': 'classifier',
-        'license': 'unstated',  # the authors state no licence for their weights
+        'license': 'unknown',  # the Hub's word for it: the authors state none for their weights
         'paper_ids': 'arXiv:2108.05895',
         'paper_name': 'Mobile-Former: Bridging MobileNet and Transformer',
         'origin_url': 'https://github.com/AAboys/MobileFormer',
     }
     if variant:
-        cfg['hf_hub_id'] = f'{hub}/{variant}'
+        hub = os.environ.get('TIMM_MOBILEFORMER_HUB') or 'timm-mobileformer'
+        namespace, at, revision = hub.partition('@')
+        cfg['hf_hub_id'] = f'{namespace}/{variant}{at}{revision}'
     return {**cfg, **kwargs}
 
 
@@ -1088,14 +1091,15 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
-    return build_model_with_cfg(
-        MobileFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
-        **kwargs,
-    )
+    with explain_missing_weights(variant, kwargs):
+        return build_model_with_cfg(
+            MobileFormer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
+            **kwargs,
+        )
 
 
 # The blocks of each variant, a stage a line: (expansions, channels, stride), Table 1 and Table 11 of the paper.
