@@ -975,7 +975,7 @@ _AUTHORS_SLOPES = {
 }
 
 
-def _authors_modules(model: MobileFormer) -> Dict[str, Tuple[str, ...]]:
+def _authors_modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
     """Every module of ours that holds tensors, and the authors' modules that hold them."""
     out = {**_AUTHORS_MODEL, **_AUTHORS_BRIDGE}
     blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, (LiteBottleneck, MobileFormerBlock))]
@@ -989,7 +989,7 @@ def _authors_modules(model: MobileFormer) -> Dict[str, Tuple[str, ...]]:
 
 def _convert_authors(
         state_dict: Dict[str, torch.Tensor],
-        model: MobileFormer,
+        model: nn.Module,
 ) -> Tuple[Dict[str, torch.Tensor], Set[str], Set[str]]:
     """The authors' layout in ours, the names in it that are missing, and those whose tensors cannot be merged."""
     modules = _authors_modules(model)
@@ -1024,7 +1024,7 @@ def _name_some(names: Any, limit: int = 10) -> str:
     return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: MobileFormer) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Bring a checkpoint, the authors' or ours, into our layout, and refuse one that does not fit the model.
 
     Only the classifier and the channels of the images may differ, timm adapts those.
