@@ -14,17 +14,6 @@ from typing import Any, List
 
 RECIPES = Path(__file__).parent / 'recipes'
 
-# Top-1 on ImageNet-1k as the paper reports it.
-PAPER_TOP1 = {
-    'mobileformer_26m': 64.0,
-    'mobileformer_52m': 68.7,
-    'mobileformer_96m': 72.8,
-    'mobileformer_151m': 75.2,
-    'mobileformer_214m': 76.7,
-    'mobileformer_294m': 77.9,
-    'mobileformer_508m': 79.3,
-}
-
 
 def find_recipe(option: str, value: str) -> str:
     """The file of the recipe that `--config` names, unless a file of that name exists; any other value as it is."""
@@ -63,6 +52,8 @@ def list_models() -> None:
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
+    from .pretrained import PAPER_TOP1
 
     print(f"{'model':<18} {'parameters':>10} {'MACs':>8} {'top-1':>6}  weights")
     for name in sorted(timm.list_models('*mobileformer*'), key=lambda n: PAPER_TOP1.get(n, 0)):

@@ -36,6 +36,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from .pretrained import explain_missing_weights
+
 __all__ = ['DynamicReLU', 'MobileFormer', 'checkpoint_filter_fn']
 
 
@@ -56,9 +58,8 @@ class ConvNorm(nn.Sequential):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         padding = dilation * (kernel_size - 1) // 2
-        self.add_module('conv', nn.Conv2d(
-            in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd))
-        self.add_module('bn', nn.BatchNorm2d(out_chs, **dd))
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
@@ -71,8 +72,8 @@ class LinearNorm(nn.Sequential):
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.add_module('linear', nn.Linear(in_features, out_features, **dd))
-        self.add_module('bn', nn.BatchNorm1d(out_features, **dd))
+        self.linear = nn.Linear(in_features, out_features, **dd)
+        self.bn = nn.BatchNorm1d(out_features, **dd)
 
     @torch.no_grad()
     def fuse(self) -> nn.Linear:
@@ -85,8 +86,8 @@ def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
 
 
 def _is_exporting() -> bool:
-    """Whether a graph is being recorded, for which plain operators serve better than fused ones."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    """Whether a graph is being recorded for another runtime, for which plain operators serve better than fused ones."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class DynamicReLUFunction(torch.autograd.Function):
@@ -122,7 +123,7 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
     """
     if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
         # float16 cannot hold the ratio where hi is close to 0
-        if x.dtype != torch.float16 and not _is_exporting():
+        if x.dtype != torch.float16 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return DynamicReLUFunction.apply(x, lo, hi, ratio)
     return torch.maximum(lo * x, hi * x)
 
@@ -152,14 +153,16 @@ class DynamicReLU(nn.Module):
     """The slopes of the two dynamic ReLUs of Mobile, driven by the first token (Sec. 3.2, "Mobile sub-block").
 
     A small MLP for each gives the two slopes of every channel, ``2 * theta_1`` in [0, 2] and ``2 * theta_2 - 1`` in
-    [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``; in other words ``t / 3 + 1`` and ``t / 3``, clamped. Both
-    MLPs read the same token, so their first layers are one linear layer here, and the rows of their second layers lie
-    in one tensor.
+    [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``; in other words ``t / 3 + 1`` and ``t / 3``, clamped.
+    Both MLPs read the same token, so their first layers are one linear layer here, and the rows of their second layers
+    lie in one tensor.
 
     Args:
         token_dim: Width of a token, d.
         chs: Channels under the first and under the second dynamic ReLU.
     """
+
+    limits: torch.Tensor
 
     def __init__(self, token_dim: int, chs: Tuple[int, int], device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
@@ -236,16 +239,17 @@ def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
 
     Args:
         q: Scaled queries (B, h, M, c).
-        kv: Keys, which are the values too, (B, h, N, c), read in place whatever its memory format.
+        kv: Keys, which are the values too, (B, h, c, N), read in place whatever its memory format.
         fused_attn: Use the fused kernel where it can read `kv` in place.
 
     Returns:
         (B, M, h, c), heads not yet concatenated.
     """
-    if fused_attn and kv.stride(3) == 1 and not _is_exporting():
+    if fused_attn and kv.stride(2) == 1 and not _is_exporting():
+        kv = kv.transpose(2, 3)
         o = F.scaled_dot_product_attention(q, kv, kv, scale=1.)
     else:
-        o = (q @ kv.transpose(2, 3)).softmax(dim=-1) @ kv
+        o = (q @ kv).softmax(dim=-1) @ kv.transpose(2, 3)
     return o.transpose(1, 2)
 
 
@@ -295,7 +299,7 @@ class MobileToFormer(nn.Module):
         B, C, H, W = x.shape
         h, c = self.num_heads, C // self.num_heads
         q, gate = self.query_gate(z)
-        o = attend(q.view(B, -1, h, c).transpose(1, 2), x.view(B, h, c, H * W).transpose(2, 3), self.fused_attn)
+        o = attend(q.view(B, -1, h, c).transpose(1, 2), x.view(B, h, c, H * W), self.fused_attn)
         o = self.proj((gate.view(o.shape) * o).view(-1, C)).view(z.shape)
         return self.norm(z + self.drop_path(o))
 
@@ -344,7 +348,7 @@ class Former(nn.Module):
         q = self.q(z.view(B * M, d))
         if not self.folded:
             q = q * self.scale
-        o = attend(q.view(B, M, h, c).transpose(1, 2), z.view(B, M, h, c).transpose(1, 2), self.fused_attn)
+        o = attend(q.view(B, M, h, c).transpose(1, 2), z.view(B, M, h, c).permute(0, 2, 3, 1), self.fused_attn)
         o = o.contiguous().view(B * M, d)
         z = self.norm1(z + self.drop_path(self.proj(o).view(B, M, d)))
         z = z.view(B * M, d)
@@ -363,7 +367,7 @@ class Former(nn.Module):
             self.q.bias.mul_(self.scale)
             self.norm1.bias.add_(self.fc2.bias)
             self.fc1.bias.sub_(self.fc1.weight @ self.fc2.bias)
-            self.fc2.bias = None
+            self.fc2.register_parameter('bias', None)
             self.folded = True
         return self
 
@@ -633,7 +637,7 @@ class MobileFormerBlock(nn.Module):
         self.mobile_to_former = MobileToFormer(in_chs, token_dim, drop_path=drop_path, **dd)
         self.former = Former(token_dim, drop_path=drop_path, **dd)
         if len(expand) == 2:
-            self.mobile = MobileDown(
+            self.mobile: nn.Module = MobileDown(
                 in_chs, out_chs, expand, token_dim, stride, dilation, groups, drop_path=drop_path, **dd)
         else:
             self.mobile = Mobile(
@@ -695,7 +699,7 @@ class MobileFormer(nn.Module):
         self.grad_checkpointing = False
 
         # Tokens and stem
-        self.tokens = nn.Parameter(torch.empty(num_tokens, token_dim, **dd))
+        self.tokens: Optional[nn.Parameter] = nn.Parameter(torch.empty(num_tokens, token_dim, **dd))
         self.stem = ConvNorm(in_chans, stem_width, 3, stride=2, **dd)
         self.stem_act = nn.ReLU6(inplace=True)
 
@@ -824,7 +828,7 @@ class MobileFormer(nn.Module):
             prefix_tokens.append(z)
         for i, stage in enumerate(self.stages):
             if i <= last:
-                for block in stage:
+                for block in stage:  # type: ignore[attr-defined]
                     if self.grad_checkpointing and not torch.jit.is_scripting():
                         x, z = checkpoint(block, x, z)
                     else:
@@ -835,7 +839,7 @@ class MobileFormer(nn.Module):
 
         if not torch.jit.is_scripting() and return_prefix_tokens:  # one return type is all a script can have
             assert self.tokens is not None, 'the tokens were pruned, no block left reads them'
-            intermediates = list(zip(intermediates, prefix_tokens, strict=True))
+            intermediates = list(zip(intermediates, prefix_tokens, strict=True))  # type: ignore[arg-type]
         if intermediates_only:
             return intermediates
         if last == len(self.stages) - 1:
@@ -884,7 +888,7 @@ class MobileFormer(nn.Module):
         """Images (B, in_chans, H, W) to features (B, 6 C + d, H / 32, W / 32): final map, then the first token."""
         x, z = self.forward_stem(x)
         for stage in self.stages:
-            for block in stage:
+            for block in stage:  # type: ignore[attr-defined]
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     x, z = checkpoint(block, x, z)
                 else:
@@ -932,7 +936,7 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
 
 
 # Our modules and the authors' that hold the same tensors, several where ours are one (concatenated).
-_AUTHORS_MODEL = {
+_AUTHORS_MODEL: Dict[str, Tuple[str, ...]] = {
     '': ('tokens',),
     'stem.conv': ('stem.0',),
     'stem.bn': ('stem.1',),
@@ -942,18 +946,18 @@ _AUTHORS_MODEL = {
     'head_hidden.bn': ('classifier.fc.1',),
     'classifier': ('classifier.classifier.1',),
 }
-_AUTHORS_LITE = {
+_AUTHORS_LITE: Dict[str, Tuple[str, ...]] = {
     'conv1.conv': ('conv.0',),
     'conv1.bn': ('conv.1',),
     'conv2.conv': ('conv.4',),
     'conv2.bn': ('conv.5',),
 }
-_AUTHORS_BRIDGE = {
+_AUTHORS_BRIDGE: Dict[str, Tuple[str, ...]] = {
     'mobile_to_former.q_gate': ('local_global.q', 'local_global.alpha.0'),
     'mobile_to_former.proj': ('local_global.proj',),
     'mobile_to_former.norm': ('local_global.layer_norm',),
 }
-_AUTHORS_BLOCK = {
+_AUTHORS_BLOCK: Dict[str, Tuple[str, ...]] = {
     **_AUTHORS_BRIDGE,
     'former.q': ('global_block.q',),
     'former.proj': ('global_block.channel_mlp',),
@@ -971,25 +975,21 @@ _AUTHORS_SLOPES = {
 }
 
 
-def _authors_modules(model: MobileFormer) -> Dict[str, Tuple[str, ...]]:
+def _authors_modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
     """Every module of ours that holds tensors, and the authors' modules that hold them."""
     out = {**_AUTHORS_MODEL, **_AUTHORS_BRIDGE}
-    index = 0
-    for i, stage in enumerate(model.stages):
-        for j, block in enumerate(stage):
-            if isinstance(block, LiteBottleneck):
-                table = _AUTHORS_LITE
-            else:
-                table = {**_AUTHORS_BLOCK, **_AUTHORS_SLOPES[type(block.mobile)]}
-            for ours, theirs in table.items():
-                out[f'stages.{i}.{j}.{ours}'] = tuple(f'features.{index}.{t}' for t in theirs)
-            index += 1
+    blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, (LiteBottleneck, MobileFormerBlock))]
+    for i, (name, block) in enumerate(blocks):
+        table = _AUTHORS_LITE
+        if isinstance(block, MobileFormerBlock):
+            table = {**_AUTHORS_BLOCK, **_AUTHORS_SLOPES[type(block.mobile)]}
+        out.update({f'{name}.{ours}': tuple(f'features.{i}.{t}' for t in theirs) for ours, theirs in table.items()})
     return out
 
 
 def _convert_authors(
         state_dict: Dict[str, torch.Tensor],
-        model: MobileFormer,
+        model: nn.Module,
 ) -> Tuple[Dict[str, torch.Tensor], Set[str], Set[str]]:
     """The authors' layout in ours, the names in it that are missing, and those whose tensors cannot be merged."""
     modules = _authors_modules(model)
@@ -1009,8 +1009,9 @@ def _convert_authors(
             out[key] = state_dict[names[0]]
             continue
         rows = [len(target[key]) // 2] * 2
-        if key.endswith(('slopes.fc2.weight', 'slopes.fc2.bias')):
-            rows = [2 * n for n in model.get_submodule(module.rpartition('.')[0]).chs]
+        owner = model.get_submodule(module.rpartition('.')[0])
+        if isinstance(owner, DynamicReLU) and module.endswith('.fc2'):
+            rows = [2 * n for n in owner.chs]
         found = {n: (tuple(state_dict[n].shape), (r, *target[key].shape[1:])) for n, r in zip(names, rows, strict=True)}
         misshaped.update(f'{n} {shape} instead of {right}' for n, (shape, right) in found.items() if shape != right)
         out[key] = torch.cat([state_dict[n] for n in names]) if not misshaped else target[key]
@@ -1065,19 +1066,20 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 
 def _cfg(variant: str = '', **kwargs: Any) -> Dict[str, Any]:
-    hub = os.environ.get('TIMM_MOBILEFORMER_HUB') or 'timm-mobileformer'
     cfg = {
         'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv', 'classifier': 'classifier',
-        'license': 'unstated',  # the authors state no licence for their weights
+        'license': 'unknown',  # the Hub's word for it: the authors state none for their weights
         'paper_ids': 'arXiv:2108.05895',
         'paper_name': 'Mobile-Former: Bridging MobileNet and Transformer',
         'origin_url': 'https://github.com/AAboys/MobileFormer',
     }
     if variant:
-        cfg['hf_hub_id'] = f'{hub}/{variant}'
+        hub = os.environ.get('TIMM_MOBILEFORMER_HUB') or 'timm-mobileformer'
+        namespace, at, revision = hub.partition('@')
+        cfg['hf_hub_id'] = f'{namespace}/{variant}{at}{revision}'
     return {**cfg, **kwargs}
 
 
@@ -1089,14 +1091,15 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
-    return build_model_with_cfg(
-        MobileFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
-        **kwargs,
-    )
+    with explain_missing_weights(variant, kwargs):
+        return build_model_with_cfg(
+            MobileFormer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
+            **kwargs,
+        )
 
 
 # The blocks of each variant, a stage a line: (expansions, channels, stride), Table 1 and Table 11 of the paper.

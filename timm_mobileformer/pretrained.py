@@ -1,0 +1,84 @@
+"""What pretrained weights are said to reach, and what a user is told when they cannot be had."""
+import traceback
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from timm.models import load_pretrained, resolve_pretrained_cfg
+from timm.models._builder import _resolve_pretrained_source
+
+__all__ = ['PAPER_TOP1', 'explain_missing_weights', 'why']
+
+# Top-1 accuracy on ImageNet-1k in percent, as the paper reports it (arXiv 2108.05895).
+PAPER_TOP1 = {
+    'mobileformer_26m': 64.0,
+    'mobileformer_52m': 68.7,
+    'mobileformer_96m': 72.8,
+    'mobileformer_151m': 75.2,
+    'mobileformer_214m': 76.7,
+    'mobileformer_294m': 77.9,
+    'mobileformer_508m': 79.3,
+}
+
+
+def why(error: BaseException) -> str:
+    """The reason of a failed download, from the error or what caused it."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    for kind, reason in (
+            (OfflineModeIsEnabled, 'HF_HUB_OFFLINE is set and the cache does not hold it'),
+            (GatedRepoError, 'access to it must be asked for on its page'),
+            (RepositoryNotFoundError, 'it does not exist, or is private and your `hf auth login` may not see it'),
+            (RevisionNotFoundError, 'it has no such revision'),
+            (SafetensorError, 'its file of weights is damaged: publish it again, or delete the copy in your cache'),
+    ):
+        if any(isinstance(e, kind) for e in causes):
+            return reason
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return 'it holds no weights'
+    for e in causes:
+        if (response := getattr(e, 'response', None)) is not None:
+            return f'the Hub answered {response.status_code}'
+    if isinstance(error, LocalEntryNotFoundError):
+        return f'the Hub cannot be reached ({error.__cause__ or error})'
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def explain_missing_weights(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]:
+    """Turn any error out of timm's `load_pretrained` into one that says what to do; others pass.
+
+    Args:
+        variant: Name of the model without a tag.
+        kwargs: Arguments of `build_model_with_cfg`, of which the pretrained config tells the repository.
+
+    Raises:
+        RuntimeError: The weights cannot be had; its cause is the first error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if all(frame.f_code is not load_pretrained.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        source, location = _resolve_pretrained_source(cfg.to_dict())
+        if source in ('', 'state_dict'):
+            raise
+        hub = f'the Hugging Face repository {cfg.hf_hub_id} ({constants.ENDPOINT})'
+        raise RuntimeError(
+            f'{variant}: no weights from {hub if source == "hf-hub" else location}: {why(error)}. Three ways on:\n'
+            f'  - publish them: python hub_upload.py {variant} --checkpoint FILE\n'
+            f'  - take them from another namespace: TIMM_MOBILEFORMER_HUB=NAMESPACE in the environment,'
+            f" or pretrained_cfg_overlay=dict(hf_hub_id='NAMESPACE/{variant}.ms_in1k')\n"
+            f"  - load a local checkpoint: pretrained_cfg_overlay=dict(file='FILE')"
+        ) from error
