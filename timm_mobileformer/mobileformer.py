@@ -173,10 +173,10 @@ class DynamicReLU(nn.Module):
         self.fc1 = nn.Linear(token_dim, 2 * self.hidden, **dd)
         self.fc2 = nn.Linear(self.hidden, 2 * sum(chs), **dd)
         self.register_buffer('limits', torch.empty(3, 2, **dd), persistent=False)
-        self.reset_limits()
+        self.init_non_persistent_buffers()
 
-    def reset_limits(self) -> None:
-        """Set the lower limit, centre and upper limit of both slopes.
+    def init_non_persistent_buffers(self) -> None:
+        """Set the lower limit, centre and upper limit of both slopes; a name that transformers calls.
 
         The lower limit of the first is 0 in the paper; a number that nothing can feel keeps ``lo / hi`` finite.
         """
@@ -184,7 +184,7 @@ class DynamicReLU(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        self.reset_limits()  # float16 had no 1e-18
+        self.init_non_persistent_buffers()  # float16 had no 1e-18
         return self
 
     def forward(self, z0: torch.Tensor) -> List[torch.Tensor]:
@@ -932,7 +932,7 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
     elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
         module.reset_parameters()
     elif isinstance(module, DynamicReLU):
-        module.reset_limits()
+        module.init_non_persistent_buffers()
 
 
 # Our modules and the authors' that hold the same tensors, several where ours are one (concatenated).
