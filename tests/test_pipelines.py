@@ -1,0 +1,180 @@
+"""Libraries that know nothing of this package take a Mobile-Former: torchvision's detectors, and what builds timm models."""
+import random
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models import save_for_hf
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.ops import box_iou
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.transforms.functional import to_tensor
+
+import timm_mobileformer  # noqa: F401  registers the models
+from timm_mobileformer.detection import fpn_backbone
+from timm_mobileformer.digits import write_digits
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
+    folder = tmp_path_factory.mktemp('digits')
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def scenes(digits):
+    """Four images with three digits each, and of each digit its box, its label and, by pixel, its mask (10: none)."""
+    rng = random.Random(0)
+    images, targets, masks = [], [], []
+    for _ in range(4):
+        canvas, mask = Image.new('RGB', (128, 128)), Image.new('L', (128, 128), 10)
+        boxes, labels = [], []
+        for left, top in rng.sample([(0, 0), (0, 64), (64, 0), (64, 64)], 3):
+            label, size = rng.randrange(10), rng.randint(32, 48)
+            x, y = left + rng.randint(0, 64 - size), top + rng.randint(0, 64 - size)
+            files = sorted((digits / 'train' / str(label)).iterdir())
+            digit = Image.open(rng.choice(files)).resize((size, size))
+            canvas.paste(digit, (x, y))
+            mask.paste(label, (x, y), digit.point(lambda v: 255 * (v > 96)))
+            boxes.append([x, y, x + size, y + size])
+            labels.append(label)
+        images.append(to_tensor(canvas))
+        targets.append({'boxes': torch.tensor(boxes, dtype=torch.float32), 'labels': torch.tensor(labels)})
+        masks.append((to_tensor(mask)[0] * 255).long())
+    return torch.stack(images), targets, torch.stack(masks)
+
+
+def fit(model, loss, steps, lr):
+    """Train until the model should know its few images by heart."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        scheduler.step()
+    return model.eval()
+
+
+# Detection
+
+ON_128PX = dict(min_size=128, max_size=128, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def retinanet():
+    backbone = fpn_backbone('test_mobileformer', (2, 3, 4), LastLevelP6P7(64, 64), out_channels=64)
+    return RetinaNet(backbone, num_classes=11, **ON_128PX)
+
+
+def faster_rcnn():
+    backbone = fpn_backbone('test_mobileformer', (1, 2, 3, 4), LastLevelMaxPool(), out_channels=64)
+    return FasterRCNN(
+        backbone, num_classes=11, rpn_post_nms_top_n_train=100, rpn_post_nms_top_n_test=100,
+        box_batch_size_per_image=32, **ON_128PX)
+
+
+@pytest.mark.parametrize('create, steps', [(retinanet, 120), (faster_rcnn, 100)])
+def test_detector_finds_its_digits_again(scenes, create, steps):
+    images, targets, _ = scenes
+    images = list(images)
+    targets = [{'boxes': t['boxes'], 'labels': t['labels'] + 1} for t in targets]  # class 0 is the background
+    torch.manual_seed(0)
+    model = create()
+    fit(model, lambda: sum(model(images, targets).values()), steps, lr=2e-3)
+    with torch.no_grad():
+        detections = model(images)
+    for found, target in zip(detections, targets, strict=True):
+        sure = found['scores'] > 0.5
+        right = box_iou(target['boxes'], found['boxes'][sure]) > 0.5
+        right &= target['labels'][:, None] == found['labels'][sure]
+        assert right.any(1).all(), 'a digit was not found'
+        assert right.any(0).all(), 'something was found that is none of the digits'
+
+
+def test_pyramid_names_and_sizes():
+    maps = fpn_backbone('test_mobileformer', (2, 3, 4), LastLevelP6P7(32, 32), 32, in_chans=1)(torch.rand(2, 1, 96, 70))
+    assert {k: tuple(m.shape) for k, m in maps.items()} == {
+        '0': (2, 32, 12, 9), '1': (2, 32, 6, 5), '2': (2, 32, 3, 3), 'p6': (2, 32, 2, 2), 'p7': (2, 32, 1, 1)}
+
+
+# Segmentation
+
+@pytest.mark.parametrize('arch, kwargs', [
+    ('Unet', {}), ('FPN', {}), ('DeepLabV3Plus', {'encoder_output_stride': 16})], ids=['Unet', 'FPN', 'DeepLabV3Plus'])
+def test_segmentation_models_pytorch(scenes, arch, kwargs):
+    smp = pytest.importorskip('segmentation_models_pytorch', reason='segmentation-models-pytorch is not installed')
+    images, _, masks = scenes
+    torch.manual_seed(0)
+    model = smp.create_model(arch, 'tu-test_mobileformer', encoder_weights=None, classes=11, **kwargs)
+    fit(model, lambda: F.cross_entropy(model(images), masks), 100, lr=1e-2)
+    with torch.no_grad():
+        right = model(images).argmax(1) == masks
+    assert right[masks < 10].float().mean() > 0.9, 'pixels of digits'
+    assert right.float().mean() > 0.95
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_segmentation_models_pytorch_dilates_the_encoder(output_stride):
+    smp = pytest.importorskip('segmentation_models_pytorch', reason='segmentation-models-pytorch is not installed')
+    encoder = smp.encoders.get_encoder('tu-mobileformer_26m', weights=None, output_stride=output_stride).eval()
+    with torch.no_grad():
+        strides = [64 // m.shape[-1] for m in encoder(torch.rand(1, 3, 64, 64))]
+    assert strides == [min(s, output_stride) for s in (1, 2, 4, 8, 16, 32)]
+
+
+# Other users of timm
+
+def test_transformers_classifies_with_a_saved_model(tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    torch.manual_seed(0)
+    model = timm.create_model('test_mobileformer', num_classes=10).eval()
+    save_for_hf(model, tmp_path / 'timm', safe_serialization=True)
+    images = torch.randn(2, 3, 160, 160)
+    # transformers 5.24 and timm 1.0.31 both set num_classes, for every timm model, unless there are no model_args
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'timm', model_args={})
+    wrapped.save_pretrained(tmp_path / 'transformers')
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'transformers')
+    for m in wrapped, again:
+        assert type(m.timm_model) is type(model)
+        assert torch.equal(m.eval()(pixel_values=images).logits, model(images))
+    maps = wrapped(pixel_values=images, output_hidden_states=True).hidden_states
+    assert [m.shape[-1] for m in maps] == [80, 40, 20, 10, 5]
+    pipeline = transformers.pipeline(
+        'image-classification', model=wrapped,
+        image_processor=transformers.AutoImageProcessor.from_pretrained(tmp_path / 'timm'))
+    assert len(pipeline(Image.new('RGB', (200, 180)), top_k=10)) == 10
+
+
+def test_transformers_trains_with_gradient_checkpointing(tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    save_for_hf(timm.create_model('test_mobileformer', num_classes=10), tmp_path, safe_serialization=True)
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path, model_args={}, num_labels=3, ignore_mismatched_sizes=True).train()
+    model.gradient_checkpointing_enable()
+    assert model.timm_model.grad_checkpointing
+    model(pixel_values=torch.randn(2, 3, 64, 64), labels=torch.tensor([0, 2])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_fastai_learns_the_digits(digits):
+    vision = pytest.importorskip('fastai.vision.all', reason='fastai is not installed')
+    loaders = vision.ImageDataLoaders.from_folder(
+        digits, train='train', valid='validation', item_tfms=vision.Resize(32), bs=32, num_workers=0, seed=0)
+    learner = vision.vision_learner(loaders, 'test_mobileformer', pretrained=False, metrics=vision.accuracy)
+    learner.unfreeze()
+    with learner.no_bar(), learner.no_logging():
+        learner.fit_one_cycle(4, 5e-3)
+    assert learner.validate()[1] > 0.8
+
+
+def test_anomalib_extracts_features_by_the_names_of_the_stages():
+    extractor = pytest.importorskip(
+        'anomalib.models.components.feature_extractors', reason='anomalib is not installed').TimmFeatureExtractor
+    maps = extractor('test_mobileformer', layers=['stages.1', 'stages.2'], pre_trained=False)(torch.rand(1, 3, 64, 64))
+    assert {k: tuple(m.shape) for k, m in maps.items()} == {'stages.1': (1, 8, 16, 16), 'stages.2': (1, 16, 8, 8)}
