@@ -8,7 +8,6 @@ import traceback
 
 import pytest
 import timm
-import timm_mobileformer  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -20,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
+
+import timm_mobileformer  # noqa: F401  registers the models
 
 WORLD_SIZE = 2
 STEPS = 2

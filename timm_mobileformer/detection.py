@@ -49,6 +49,6 @@ def fpn_backbone(
         A module from images (B, 3, H, W) to maps (B, out_channels, H / stride, W / stride), the finest first, in a
         dictionary by the names '0', '1', ... and those of the extra blocks.
     """
-    body = timm.create_model(model_name, features_only=True, out_indices=out_indices, **kwargs)
+    body: Any = timm.create_model(model_name, features_only=True, out_indices=out_indices, **kwargs)
     fpn = FeaturePyramidNetwork(body.feature_info.channels(), out_channels, extra_blocks)
     return _Backbone(body, fpn, out_channels)
