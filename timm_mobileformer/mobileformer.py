@@ -80,9 +80,19 @@ class LinearNorm(nn.Sequential):
         return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
 
 
+class ChannelShuffle(nn.ChannelShuffle):
+    """`nn.ChannelShuffle` that can be traced to ONNX, where it has no operator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            B, C, H, W = x.shape
+            return x.view(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
+        return F.channel_shuffle(x, self.groups)
+
+
 def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
     """Interleave the channels of `groups` groups, which only the grouped variant (26m) needs."""
-    return nn.ChannelShuffle(groups) if enabled else nn.Identity()
+    return ChannelShuffle(groups) if enabled else nn.Identity()
 
 
 def _is_exporting() -> bool:
