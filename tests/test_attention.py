@@ -57,10 +57,10 @@ def rebuild(bridge, x, z, attn):
     """A bridge's output, from its inputs and the attention that attention_maps returned."""
     heads = x.unflatten(1, (bridge.num_heads, -1))  # (B, n, c, H, W)
     if isinstance(bridge, MobileToFormer):
-        gate = bridge.query_gate(z)[1]
+        gate = bridge.query_gate(z)[1].view(*z.shape[:2], -1)
         gathered = torch.einsum('bnmhw,bnchw->bmnc', attn, heads).flatten(2)
         return bridge.norm(z + bridge.proj(gate * gathered))
-    v = bridge.key_value(z)[1].unflatten(2, (bridge.num_heads, -1))  # (B, M, n, c)
+    v = bridge.key_value(z)[1].view(*z.shape[:2], bridge.num_heads, -1)  # (B, M, n, c)
     return x + torch.einsum('bnmhw,bmnc->bnchw', attn, v).flatten(1, 2)
 
 

@@ -209,6 +209,14 @@ assert list(Path('{tmp_path}/elsewhere').rglob('model.safetensors'))
     assert offline == result
 
 
+def test_timms_own_download_tests_pass(published, hub, tmp_path):
+    if not list(ROOT.glob('build/timm_suite/*.tar.gz')):
+        pytest.skip("timm's tests are not here: `python tests/timm_suite.py` fetches them")
+    result = run(hub, tmp_path, 'tests/timm_suite.py', '--downloads')
+    assert result.status == 0, result.out
+    assert ' passed' in result.out and 'skipped' not in result.out, result.out
+
+
 def test_weights_published_elsewhere_load_by_namespace_overlay_and_hub_name_at_any_revision(
         hub, clients, published, checkpoints, other, tmp_path):
     repo = repository('26m', 'others')

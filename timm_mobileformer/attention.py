@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTupl
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from timm.data import (
     CustomDatasetInfo,
@@ -53,8 +54,9 @@ class BridgeAttention(NamedTuple):
 
 
 def _scores(tokens: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Dot products of tokens (B, M, C) and positions (B, C, H, W) in every head: (B, heads, M, H, W)."""
-    return torch.einsum('bmnc,bnchw->bnmhw', tokens.unflatten(2, (num_heads, -1)), x.unflatten(1, (num_heads, -1)))
+    """Dot products of tokens (B * M, C) and positions (B, C, H, W) in every head: (B, heads, M, H, W)."""
+    tokens = rearrange(tokens, '(b m) (n c) -> b n m c', b=len(x), n=num_heads)
+    return torch.einsum('bnmc,bnchw->bnmhw', tokens, rearrange(x, 'b (n c) h w -> b n c h w', n=num_heads))
 
 
 @contextmanager

@@ -80,14 +80,26 @@ class LinearNorm(nn.Sequential):
         return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
 
 
+class ChannelShuffle(nn.ChannelShuffle):
+    """`nn.ChannelShuffle` that can be traced to ONNX, where it has no operator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            B, C, H, W = x.shape
+            return x.view(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
+        return F.channel_shuffle(x, self.groups)
+
+
 def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
     """Interleave the channels of `groups` groups, which only the grouped variant (26m) needs."""
-    return nn.ChannelShuffle(groups) if enabled else nn.Identity()
+    return ChannelShuffle(groups) if enabled else nn.Identity()
 
 
 def _is_exporting() -> bool:
     """Whether a graph is being recorded for another runtime, for which plain operators serve better than fused ones."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if not torch.jit.is_scripting():
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return False
 
 
 class DynamicReLUFunction(torch.autograd.Function):
@@ -704,12 +716,12 @@ class MobileFormer(nn.Module):
         self.stem_act = nn.ReLU6(inplace=True)
 
         # Stages of blocks
-        self.feature_info: List[Dict[str, Any]] = []
+        feature_info: List[Dict[str, Any]] = []
         num_blocks = sum(len(s) for s in stages)
         chs, reduction, dilation, index = stem_width, 2, 1, 0
         modules: List[nn.Module] = []
         if stages[0][0][2] == 2:  # the stem's map is the last one of its size
-            self.feature_info.append(dict(num_chs=chs, reduction=reduction, module='stem_act'))
+            feature_info.append(dict(num_chs=chs, reduction=reduction, module='stem_act'))
         for stage in stages:
             blocks: List[nn.Module] = []
             for expand, out_chs, stride in stage:
@@ -726,10 +738,11 @@ class MobileFormer(nn.Module):
                         chs, out_chs, expand, token_dim, stride, (dilation, next_dilation), **kwargs))
                 chs, dilation, index = out_chs, next_dilation, index + 1
             modules.append(nn.ModuleList(blocks))
-            self.feature_info.append(dict(
+            feature_info.append(dict(
                 num_chs=chs, reduction=reduction, module=f'stages.{len(modules) - 1}'))
+        self.feature_info = feature_info
         self.stages = nn.ModuleList(modules)
-        self.first_map = len(self.feature_info) - len(self.stages)  # index of the first stage's map
+        self.first_map = len(feature_info) - len(self.stages)  # index of the first stage's map
 
         # The last bridge and the head
         self.mobile_to_former: Optional[nn.Module] = MobileToFormer(chs, token_dim, drop_path=drop_path_rate, **dd)

@@ -1,0 +1,156 @@
+"""`python -m timm_mobileformer.benchmark`: what it writes, and what it refuses."""
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from timm_mobileformer import benchmark
+from timm_mobileformer.benchmark import (
+    PAPER_TOP1,
+    PEERS,
+    OperatorCounter,
+    Row,
+    count_macs,
+    measure,
+    published,
+    saved_for_backward,
+)
+
+
+def run_here(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['benchmark', *map(str, args)])
+        threads = torch.get_num_threads()
+        try:
+            benchmark.main()
+        finally:
+            torch.set_num_threads(threads)
+
+
+def refused(capsys, *args):
+    """The line on stderr with which `args` are refused."""
+    with pytest.raises(SystemExit) as stop:
+        run_here(*args)
+    assert stop.value.code == 2
+    line, end = capsys.readouterr().err.split('\n')
+    assert not end
+    return line
+
+
+# The counters
+
+def test_a_view_is_no_kernel_and_a_hidden_copy_is_one():
+    x = torch.randn(4, 6)
+    with torch.inference_mode(), OperatorCounter() as counter:
+        x.t().unsqueeze(0).reshape(6, 4)
+    assert counter.kernels == 0
+    with torch.inference_mode(), OperatorCounter() as counter:
+        x.t().reshape(24)
+    assert (counter.kernels, counter.traffic) == (1, 2 * 24 * 4)
+
+
+def test_what_writes_into_its_input_is_a_kernel():
+    x = torch.randn(4, 6)
+    with torch.inference_mode(), OperatorCounter() as counter:
+        F.relu(F.relu(x), inplace=True)
+    assert counter.kernels == 2
+
+
+def test_multiply_adds_are_those_of_one_image():
+    assert count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 10, 10)) == 3 * 8 * 9 * 100
+
+
+def test_saved_is_what_backward_needs_once_and_without_parameters_and_images():
+    x = torch.randn(2, 16)
+    logits = 4 * 4 + 4  # bytes for each image: logsumexp keeps its input and its output
+    assert saved_for_backward(nn.Linear(16, 4), x) == logits
+    hidden = 32 * 4  # the sigmoid's output, which two layers keep
+    assert saved_for_backward(nn.Sequential(nn.Linear(16, 32), nn.Sigmoid(), nn.Linear(32, 4)), x) == logits + hidden
+
+
+# Measuring
+
+def test_all_rows_take_turns_in_an_order_of_its_own_each_round():
+    calls = []
+    rows = [Row(name, False, nn.Identity(), torch.empty(1, 3, 8, 8), 0, 0, 0, None) for name in 'abcde']
+    for row in rows:
+        row.runs = {runtime: lambda turn=(row.name, runtime): calls.append(turn) for runtime in ('eager', 'onnx')}
+    measure(rows, rounds=4, device=torch.device('cpu'))
+    calls = calls[3 * 10:]  # after warming up
+    assert calls[::2] == calls[1::2]  # once to warm the caches, once measured
+    rounds = [calls[i:i + 20:2] for i in range(0, len(calls), 20)]
+    assert [len(set(r)) for r in rounds] == [10] * 4
+    assert len({tuple(r) for r in rounds}) == 4
+    assert all(len(seconds) == 4 and min(seconds) > 0 for row in rows for seconds in row.seconds.values())
+
+
+def test_top1_of_every_default_model_is_quoted_with_its_source():
+    for name in PAPER_TOP1:
+        assert published(name) == (PAPER_TOP1[name], 'the paper')
+    for name, (tag, size, top1) in PEERS.items():
+        assert f'{name}.{tag}' in timm.list_pretrained(f'{name}.*')
+        assert published(name) == (top1, f'timm, `{tag}` at {size}')
+    assert published('test_mobileformer') is None
+
+
+# The command
+
+def test_table_and_plot(tmp_path, capsys):
+    models = ['test_mobileformer', 'mobileformer_26m', 'mobilenetv3_small_100']
+    run_here('--models', *models, '--size', 64, '--batch', 2, '--rounds', 2, '--output', tmp_path / 'new' / 'folder')
+    table = (tmp_path / 'new' / 'folder' / 'table.md').read_text(encoding='utf-8')
+    assert table in capsys.readouterr().out
+    assert torch.__version__ in table and timm.__version__ in table and 'batch of 2' in table
+    header, _, *lines = [line.strip('| ').split(' | ') for line in table.splitlines() if line.startswith('|')]
+    assert [line[0] for line in lines] == [
+        'test_mobileformer', 'test_mobileformer, fused', 'mobileformer_26m', 'mobileformer_26m, fused',
+        'mobilenetv3_small_100']
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [row['top-1, %'] for row in rows] == ['–', '–', '64.0', '64.0', '67.6']
+    assert [row['parameters, M'] for row in rows[2::2]] == ['3.23', '2.54']
+    assert all(row['image'] == '64×64' for row in rows)
+    assert int(rows[3]['kernels']) < int(rows[2]['kernels'])
+    for row in rows:
+        for runtime in 'PyTorch eager, ms', 'ONNX Runtime, ms':
+            median, low, high = map(float, re.findall(r'[\d.]+', row[runtime]))
+            assert 0 < low <= median <= high
+    with Image.open(tmp_path / 'new' / 'folder' / 'plot.png') as plot:
+        assert plot.width > 1000 and len(plot.convert('RGB').getcolors(plot.width * plot.height)) > 20
+
+
+@pytest.mark.parametrize(('args', 'reason'), [
+    (('--models', 'mobileformer_1m', 'resnet18'), 'timm knows no model mobileformer_1m;'),
+    (('--rounds', 1), '--rounds must be at least 2, not 1'),
+    (('--size', 16), '--size must be at least 32, not 16'),
+    (('--device', 'abacus'), '--device abacus: '),
+    (('--device', 'meta', '--runtimes', 'onnx'), 'ONNX Runtime is measured on the CPU'),
+])
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys, args, reason):
+    assert refused(capsys, *args, '--output', tmp_path / 'new').startswith(f'error: {reason}')
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize(('module', 'extra'), [('onnxruntime', 'export'), ('matplotlib', 'demo')])
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(tmp_path, capsys, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = refused(capsys, '--output', tmp_path / 'new')
+    assert module in line and f"pip install 'timm_mobileformer[{extra}]'" in line
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_file_in_the_way_is_named(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    assert str(tmp_path / 'file') in refused(capsys, '--output', tmp_path / 'file')
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_mobileformer.benchmark', '--models', 'nothing'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1

@@ -1,0 +1,169 @@
+"""What a Mobile-Former may cost at most, as counts that are the same on every machine, and what it must never do."""
+import functools
+from typing import Any, Dict, List
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from timm_mobileformer.benchmark import count_operators, saved_for_backward
+from timm_mobileformer.mobileformer import DynamicReLU, dynamic_relu
+
+TINY = 'test_mobileformer'
+# For one image of 224 x 224 in float32, what the authors' program costs: kernels, MB read and written by them, and
+# MB kept for the backward pass.
+AUTHORS = {
+    '26m': (668, 71.9, 21.3),
+    '52m': (650, 67.3, 21.3),
+    '96m': (653, 107.1, 35.0),
+    '151m': (878, 155.7, 48.8),
+    '214m': (878, 188.0, 59.1),
+    '294m': (878, 233.0, 74.6),
+    '508m': (878, 314.2, 103.3),
+}
+
+
+# At most this part of it, after `reparameterize_model` where it says fused.
+LIMITS = {'kernels': 0.64, 'fused kernels': 0.49, 'fused traffic': 0.71, 'saved': 0.70}
+MISSED = {  # what is reached instead
+    ('26m', 'fused kernels'): 0.503,
+    ('96m', 'fused kernels'): 0.497,
+    ('151m', 'fused kernels'): 0.493,
+    ('214m', 'fused kernels'): 0.493,
+    ('508m', 'fused kernels'): 0.493,
+    ('96m', 'saved'): 0.724,
+    ('151m', 'saved'): 0.706,
+}
+
+
+@functools.cache
+def cost(variant: str) -> Dict[str, float]:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 224, 224)
+    model = timm.create_model(f'mobileformer_{variant}')
+    as_trained = count_operators(model, images[:1])
+    fused = count_operators(reparameterize_model(model), images[:1])
+    return {
+        'kernels': as_trained.kernels,
+        'fused kernels': fused.kernels,
+        'fused traffic': fused.traffic / 1e6,
+        'saved': saved_for_backward(model, images) / 1e6,
+    }
+
+
+@pytest.mark.parametrize('what', LIMITS)
+@pytest.mark.parametrize('variant', AUTHORS)
+def test_cost_is_a_fraction_of_the_authors(variant, what):
+    kernels, traffic, saved = AUTHORS[variant]
+    authors = {'kernels': kernels, 'fused kernels': kernels, 'fused traffic': traffic, 'saved': saved}
+    ratio = cost(variant)[what] / authors[what]
+    if (variant, what) in MISSED:
+        assert ratio <= MISSED[variant, what]
+        assert ratio > LIMITS[what], 'the limit is kept by now, it is no longer missed'
+        pytest.xfail(f'{ratio:.3f} of the authors\' instead of {LIMITS[what]}')
+    assert ratio <= LIMITS[what]
+
+
+@pytest.mark.parametrize(('what', 'limit'), list(zip(LIMITS, (558, 428, 165, 52), strict=True)))
+def test_294m_costs_no_more_than_promised(what, limit):
+    assert cost('294m')[what] <= limit
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that run, with the tensors they read and return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: List[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read, written = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+        self.calls.append((func, read, written))
+        return out
+
+
+@pytest.mark.parametrize('fused', [False, True], ids=['as trained', 'fused'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'channels_last'])
+def test_no_map_is_copied(memory_format, fused):
+    model = timm.create_model(TINY).eval()
+    if fused:
+        model = reparameterize_model(model)
+    smallest = 2 * 32 * 4 * 5  # numbers in the smallest map of the batch; in the tokens there are fewer
+    images = torch.randn(2, 3, 128, 160).to(memory_format=memory_format)
+    model = model.to(memory_format=memory_format)
+    with torch.no_grad(), Recorder() as recorder:
+        model(images)
+    copies, strange = [], []
+    for func, read, written in recorder.calls:
+        name = func.overloadpacket.__name__
+        if name in ('clone', 'copy_', 'contiguous', '_to_copy', 'reshape') and written[0].numel() >= smallest:
+            copies.append((str(func), tuple(written[0].shape)))
+        if name in ('convolution', '_convolution') and read[0].shape[2] > 1:
+            maps = read[0], written[0]
+            strange += [tuple(t.shape) for t in maps if not t.is_contiguous(memory_format=memory_format)]
+    assert not copies
+    assert not strange
+
+
+def test_the_search_for_copies_finds_one():
+    with torch.no_grad(), Recorder() as recorder:
+        torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).reshape(2, 16 * 64)
+    assert 'clone' in [func.overloadpacket.__name__ for func, _, _ in recorder.calls]
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_an_accelerator_is_never_waited_for(training):
+    with FakeTensorMode():
+        model = timm.create_model(TINY, device='cuda').train(training)
+        images = torch.empty(2, 3, 64, 96, device='cuda')
+        with Recorder() as recorder:
+            model(images)
+    assert len(recorder.calls) > 100
+    for func, read, written in recorder.calls:
+        # what reads a value on the host, and what has a shape that depends on values
+        assert torch.Tag.data_dependent_output not in func.tags, func
+        assert torch.Tag.dynamic_output_shape not in func.tags, func
+        # what is copied between host and accelerator
+        assert {t.device.type for t in read + written} <= {'cuda'}, func
+
+
+def test_derivatives_of_dynamic_relu_are_right_to_second_order():
+    torch.manual_seed(0)
+    slopes = DynamicReLU(8, (6, 6), dtype=torch.float64)
+    torch.nn.init.normal_(slopes.fc1.weight)
+    torch.nn.init.normal_(slopes.fc2.weight, std=4.)
+    torch.nn.init.normal_(slopes.fc2.bias, std=4.)
+    z0 = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 6, 2, 1, dtype=torch.float64, requires_grad=True)
+
+    lo1, hi1, _, lo2, hi2, _ = slopes(z0)
+    theta = torch.cat([lo1, hi1, lo2, hi2], dim=1)
+    for limit in slopes.limits[[0, 2]].flatten():
+        assert (theta == limit).any(), 'every limit is reached'
+    assert ((theta > -1) & (theta < 0)).any() and ((theta > 1) & (theta < 2)).any(), 'and what is between them'
+
+    def activate(z0: torch.Tensor, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        lo1, hi1, ratio1, lo2, hi2, ratio2 = slopes(z0)
+        return dynamic_relu(dynamic_relu(x, lo1, hi1, ratio1), lo2, hi2, ratio2)
+
+    inputs = (z0, x, *slopes.parameters())
+    assert torch.autograd.gradcheck(activate, inputs)
+    assert torch.autograd.gradgradcheck(activate, inputs)
+
+
+def test_compiling_a_fused_model_finds_one_graph_and_other_batch_sizes_one_more():
+    torch._dynamo.reset()
+    model = reparameterize_model(timm.create_model(TINY).eval())
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for batch in 2, 3, 5, 15:  # from 16 on, PyTorch itself chooses another convolution on a CPU and compiles again
+            images = torch.randn(batch, 3, 64, 64)
+            torch.testing.assert_close(compiled(images), model(images))
+    assert counter.frame_count <= 2

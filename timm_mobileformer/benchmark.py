@@ -1,0 +1,452 @@
+"""What a Mobile-Former costs beside the timm models that one would pick instead: a table and a plot.
+
+    python -m timm_mobileformer.benchmark --threads 1 --output output/benchmark
+    python -m timm_mobileformer.benchmark --models mobileformer_294m efficientnet_b0 --runtimes eager compile onnx
+
+Every model runs as trained and, where `timm.utils.reparameterize_model` changes it, fused. All of them take turns, in
+another order every round, so that whatever else the machine does hits all alike. Weights are random: they matter to
+accuracy, which is quoted, not to time.
+"""
+import argparse
+import importlib.util
+import os
+import platform
+import random
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import get_pretrained_cfg, resolve_model_input_args
+from timm.utils import reparameterize_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.collect_env import get_cpu_info
+from torch.utils.collect_env import run as run_command
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from . import mobileformer as _mobileformer  # noqa: F401  registers the models
+from .pretrained import PAPER_TOP1
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ['OperatorCounter', 'count_macs', 'saved_for_backward']
+
+# Weights of the timm models, the image size they were scored at, and ImageNet-1k top-1 in percent from
+# results/results-imagenet.csv in timm's repository: the default weights, or where those were made for larger images,
+# the best at 224 x 224 (mobilenetv4_conv_medium); fastvit_t8 has none at 224 x 224.
+PEERS: Dict[str, Tuple[str, int, float]] = {
+    'mobilenetv3_small_100': ('lamb_in1k', 224, 67.636),
+    'mobilenetv3_large_100': ('ra_in1k', 224, 75.784),
+    'mobilenetv4_conv_small': ('e2400_r224_in1k', 224, 73.756),
+    'mobilenetv4_conv_medium': ('e500_r224_in1k', 224, 79.092),
+    'efficientnet_b0': ('ra_in1k', 224, 77.698),
+    'efficientvit_b0': ('r224_in1k', 224, 71.408),
+    'ghostnetv2_100': ('in1k', 224, 75.186),
+    'repvit_m0_9': ('dist_300e_in1k', 224, 78.652),
+    'efficientformerv2_s0': ('snap_dist_in1k', 224, 76.102),
+    'fastvit_t8': ('apple_in1k', 256, 76.184),
+}
+RUNTIMES = {'eager': 'PyTorch eager', 'compile': 'torch.compile', 'onnx': 'ONNX Runtime'}
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that run while it is active, and the bytes of the tensors they read and write.
+
+    An operator counts if it computes something: if its result is no view of what it was given, or if it writes into
+    that. Under `torch.inference_mode()` a linear layer, a convolution or an attention is one operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = 0
+        self.traffic = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage()._cdata for t in read}
+        if func._schema.is_mutable or any(t.untyped_storage()._cdata not in storages for t in written):
+            self.kernels += 1
+            self.traffic += sum(t.nbytes for t in read + written)
+        return out
+
+
+def count_operators(model: nn.Module, x: torch.Tensor) -> OperatorCounter:
+    """Operators of one inference of images (B, C, H, W)."""
+    with torch.inference_mode(), OperatorCounter() as counter:
+        model.eval()(x)
+    return counter
+
+
+def count_macs(model: nn.Module, x: torch.Tensor) -> float:
+    """Multiply-adds of the convolutions and matrix products for each image of a batch (B, C, H, W)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    return counter.get_total_flops() / 2 / len(x)
+
+
+def saved_for_backward(model: nn.Module, x: torch.Tensor) -> float:
+    """Bytes for each image of a batch (B, C, H, W) that a training step keeps for its backward pass.
+
+    Parameters, buffers and the images themselves are there anyway and left out.
+    """
+    there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
+    kept: Dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in there:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    model.train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x).logsumexp(1).mean()
+    return sum(s.nbytes() for s in kept.values()) / len(x)
+
+
+@dataclass
+class Row:
+    """A model, as trained or fused, and what it costs."""
+    name: str
+    fused: bool
+    model: nn.Module
+    x: torch.Tensor
+    params: int
+    macs: float
+    kernels: int
+    saved: Optional[float]
+    runs: Dict[str, Callable[[], Any]] = field(default_factory=dict)
+    seconds: Dict[str, List[float]] = field(default_factory=dict)
+
+    def latency(self, runtime: str) -> List[float]:
+        """Quartiles in milliseconds."""
+        return [1e3 * s for s in quantiles(self.seconds[runtime], n=4, method='inclusive')]
+
+
+def published(name: str) -> Optional[Tuple[float, str]]:
+    """Top-1 on ImageNet-1k in percent, and who says so."""
+    if name in PAPER_TOP1:
+        return PAPER_TOP1[name], 'the paper'
+    if name in PEERS:
+        tag, size, top1 = PEERS[name]
+        return top1, f'timm, `{tag}` at {size}'
+    return None
+
+
+def load(name: str, size: int, device: torch.device) -> nn.Module:
+    """A model with random weights whose activations are of ordinary size, since denormal numbers are slow."""
+    torch.manual_seed(0)
+    size_args = {k: v for k, v in resolve_model_input_args(name, {'img_size': size}).items() if k == 'img_size'}
+    model = timm.create_model(name, device=device, **size_args)
+    momenta = {}
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            momenta[m] = m.momentum
+            m.momentum = 1.
+    images = torch.randn(4, 3, size, size, device=device)
+    with torch.no_grad():
+        model.train()(images)
+    for m, momentum in momenta.items():
+        m.momentum = momentum
+    with torch.inference_mode():
+        model.eval()(images)  # some models keep what they compute only once
+    return model
+
+
+def make_rows(name: str, size: int, batch: int, device: torch.device) -> Iterator[Row]:
+    """The model as trained and, if that is something else, fused."""
+    model = load(name, size, device)
+    images = torch.randn(max(batch, 4), 3, size, size, device=device)
+    saved = saved_for_backward(load(name, size, device), images[:4])
+    as_trained = 0
+    for fused in False, True:
+        net = reparameterize_model(model) if fused else model
+        kernels = count_operators(net, images[:1]).kernels
+        if kernels != as_trained:
+            params = sum(p.numel() for p in net.parameters())
+            macs = count_macs(net, images[:1])
+            yield Row(name, fused, net, images[:batch], params, macs, kernels, None if fused else saved)
+        as_trained = kernels
+
+
+def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
+    """One inference of the row's images in a runtime, ready to be called."""
+    model, x = row.model, row.x
+    if runtime == 'onnx':
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            path = os.path.join(folder, 'model.onnx')
+            torch.onnx.export(model, (x,), path, dynamo=False)  # a tenth of the time that the other exporter takes
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        feed = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: session.run(None, feed)
+    call = torch.compile(model, fullgraph=True, dynamic=False) if runtime == 'compile' else model
+    return lambda: call(x)
+
+
+@contextmanager
+def many_compiled() -> Iterator[None]:
+    """All models of a family share the code of `forward`, and each is compiled for itself."""
+    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
+        yield
+
+
+@torch.inference_mode()
+def measure(rows: List[Row], rounds: int, device: torch.device) -> None:
+    """Time all rows in all their runtimes, in turns."""
+
+    def wait() -> None:
+        if device.type != 'cpu':
+            torch.accelerator.synchronize(device)
+
+    turns = [(row, runtime) for row in rows for runtime in row.runs]
+    with many_compiled():
+        for row, runtime in tqdm(turns, 'warming up'):
+            for _ in range(3):
+                row.runs[runtime]()
+            row.seconds[runtime] = []
+    shuffle = random.Random(0).shuffle
+    for _ in tqdm(range(rounds), 'measuring', unit='round'):
+        shuffle(turns)
+        for row, runtime in turns:
+            row.runs[runtime]()  # brings its weights into the caches
+            wait()
+            begin = time.perf_counter()
+            row.runs[runtime]()
+            wait()
+            row.seconds[runtime].append(time.perf_counter() - begin)
+
+
+def describe(device: torch.device, threads: int) -> str:
+    """Where was measured."""
+    if device.type != 'cpu':
+        return torch.get_device_module(device).get_device_name(device)
+    found = re.search(r'Model name:\s*(.+)', get_cpu_info(run_command) or '')
+    cpu = found.group(1) if found else platform.processor() or platform.machine()
+    return f'{cpu}, {threads} thread{"s"[:threads > 1]}'
+
+
+def make_table(rows: List[Row], heading: str) -> str:
+    """The rows as a table in Markdown, and what its columns mean."""
+    runtimes = list(rows[0].runs)
+    header = ['model', 'image', 'parameters, M', 'MACs, M', 'top-1, %', 'top-1 by', 'kernels']
+    header += [f'{RUNTIMES[r]}, ms' for r in runtimes] + ['training, MB']
+    lines = [header, ['---'] * 2 + ['---:'] * 3 + ['---'] + ['---:'] * (len(header) - 6)]
+    for row in rows:
+        top1 = published(row.name)
+        times = [row.latency(r) for r in runtimes]
+        lines.append([
+            f'{row.name}, fused' if row.fused else row.name,
+            '×'.join(str(n) for n in row.x.shape[2:]),
+            f'{row.params / 1e6:.2f}',
+            f'{row.macs / 1e6:.0f}',
+            f'{top1[0]:.1f}' if top1 else '–',
+            top1[1] if top1 else '–',
+            str(row.kernels),
+            *(f'{median:.1f} ({low:.1f}–{high:.1f})' for low, median, high in times),
+            '–' if row.saved is None else f'{row.saved / 1e6:.1f}',
+        ])
+    table = '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+    return f"""{heading}
+
+{table}
+
+- fused: after `timm.utils.reparameterize_model`; models without such a row are not changed by it.
+- MACs: multiply-adds of convolutions and matrix products, half of what PyTorch's `FlopCounterMode` counts.
+- top-1: on ImageNet-1k, quoted and not measured here; from the paper (arXiv 2108.05895), or from timm's
+  `results/results-imagenet.csv` with the weights and the image size named.
+- kernels: operators of one inference in eager PyTorch, without those that only return a view.
+- ms: median (quartiles) for the whole batch.
+- training: bytes kept for the backward pass for each image, parameters not included.
+"""
+
+
+def draw(rows: List[Row], heading: str, path: Path) -> None:
+    """Draw published accuracy over measured latency, a panel for each runtime; fused where fusing changes a model."""
+    from matplotlib.figure import Figure
+
+    runtimes = list(rows[0].runs)
+    figure = Figure(figsize=(max(4.8 * len(runtimes), 6.4), 5.4), dpi=150, layout='constrained')
+    figure.suptitle(heading, fontsize=8, color='0.35')
+    panels = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
+    accuracy = {row.name: quoted[0] for row in rows if (quoted := published(row.name))}
+    fastest = {row.name: row for row in rows if row.name in accuracy}  # a fused row comes later
+    for axes, runtime in zip(panels, runtimes, strict=True):
+        latency = {name: row.latency(runtime) for name, row in fastest.items()}
+        frontier: List[str] = []
+        for name in sorted(latency, key=lambda n: (latency[n][1], -accuracy[n])):
+            if not frontier or accuracy[name] > accuracy[frontier[-1]]:
+                frontier.append(name)
+        if frontier:
+            end = 1.15 * max(high for _, _, high in latency.values())
+            axes.step([*(latency[n][1] for n in frontier), end], [accuracy[n] for n in [*frontier, frontier[-1]]],
+                      where='post', color='0.88', linewidth=7, zorder=1, label='nothing faster is as accurate')
+        for names, style in (
+                ([n for n in latency if n in PAPER_TOP1], dict(fmt='o-', color='C3', label='Mobile-Former')),
+                ([n for n in latency if n not in PAPER_TOP1], dict(fmt='s', color='C0', label='other timm models')),
+        ):
+            if names:
+                names.sort(key=lambda n: accuracy[n])
+                low, median, high = zip(*(latency[n] for n in names), strict=True)
+                spread = [[m - a for m, a in zip(median, low, strict=True)],
+                          [b - m for m, b in zip(median, high, strict=True)]]
+                axes.errorbar(median, [accuracy[n] for n in names], xerr=spread, markersize=5, linewidth=1.5,
+                              elinewidth=1, zorder=3, **style)
+        axes.set_xscale('log')
+        axes.set_title(RUNTIMES[runtime], fontsize=11)
+        axes.set_xlabel(f'latency, ms (median and quartiles), batch of {len(rows[0].x)}')
+        axes.grid(color='0.93', linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.16, y=0.08)
+        axes.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
+        axes.xaxis.set_minor_formatter(lambda v, _: f'{v:g}' if f'{v:.0e}'[0] in '235' else '')
+        axes.tick_params(axis='x', which='both', labelsize=8)
+    panels[0].set_ylabel('ImageNet-1k top-1, % (as published)')
+    if fastest:
+        panels[-1].legend(loc='lower right', fontsize=8, frameon=False)
+    figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
+    for axes, runtime in zip(panels, runtimes, strict=True):
+        place(axes, {name: (row.latency(runtime), accuracy[name]) for name, row in fastest.items()})
+    figure.savefig(path)
+
+
+def place(axes: 'Axes', points: Dict[str, Tuple[List[float], float]]) -> None:
+    """Write each model's name beside its (quartiles, accuracy) where it covers as little as can be."""
+    import numpy as np
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    def boxes(x: Any, y: Any, pad: float) -> List[Bbox]:
+        return [Bbox([p - pad, p + pad]) for p in axes.transData.transform(np.stack(np.broadcast_arrays(x, y), -1))]
+
+    taken = [box for (low, median, high), y in points.values()
+             for box in boxes(median, [y], 9) * 3 + boxes(np.geomspace(low, high, 30), y, 2)]
+    family = sorted((y, x[1]) for name, (x, y) in points.items() if name in PAPER_TOP1)
+    for (y0, x0), (y1, x1) in zip(family, family[1:], strict=False):
+        taken += boxes(np.geomspace(x0, x1, 30), np.linspace(y0, y1, 30), 2)
+    legend = axes.get_legend()
+    if legend:
+        taken += [legend.get_window_extent()] * 10
+    spots = [(dx * far, dy * far, ha, va) for far in (1, 1.6, 2.5) for dx, dy, ha, va in (
+        (7, 0, 'left', 'center'), (-7, 0, 'right', 'center'), (4, 5, 'left', 'bottom'), (-4, 5, 'right', 'bottom'),
+        (4, -5, 'left', 'top'), (-4, -5, 'right', 'top'), (0, 6, 'center', 'bottom'), (0, -6, 'center', 'top'))]
+    for name, ((_, x, _), y) in points.items():
+        ours = name in PAPER_TOP1
+        label = axes.annotate(
+            name.removeprefix('mobileformer_').upper() if ours else name, (x, y), (0, 0), textcoords='offset points',
+            fontsize=8, color='C3' if ours else '0.2', zorder=4, path_effects=[withStroke(linewidth=2, foreground='w')])
+
+        def cover(spot: Tuple[float, float, str, str], label: Any = label, taken: List[Bbox] = taken) -> float:
+            label.set(position=spot[:2], ha=spot[2], va=spot[3])
+            box = label.get_window_extent()
+            outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
+            return box.count_overlaps(taken) + 100 * outside
+
+        cover(min(spots, key=cover))
+        taken.extend([label.get_window_extent()] * 3)
+
+
+def refuse(reason: str) -> NoReturn:
+    print(f'error: {reason}', file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_mobileformer.benchmark', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', metavar='NAME', default=[*PAPER_TOP1, *PEERS],
+                        help='models of timm (default: the Mobile-Formers and ten others)')
+    parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, metavar='RUNTIME',
+                        help=f'of {", ".join(RUNTIMES)} (default: eager and onnx on a CPU, else eager); compiling '
+                             'takes up to a minute for each row')
+    parser.add_argument('--batch', type=int, default=1, metavar='N', help='images at a time (default: 1)')
+    parser.add_argument('--size', type=int, metavar='N',
+                        help='of the images (default: that of the published accuracy, 224 for nearly all)')
+    parser.add_argument('--rounds', type=int, default=50, metavar='N', help='measurements of each row (default: 50)')
+    parser.add_argument('--threads', type=int, default=1, metavar='N', help='of the CPU (default: 1)')
+    parser.add_argument('--device', default='cpu', help='default: cpu')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmark'), metavar='DIR',
+                        help='folder for table.md and plot.png (default: output/benchmark)')
+    args = parser.parse_args()
+
+    for name, least in dict(batch=1, size=32, rounds=2, threads=1).items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            refuse(f'--{name} must be at least {least}, not {value}')
+    unknown = [name for name in args.models if not timm.is_model(name)]
+    if unknown:
+        refuse(f'timm knows no model {", ".join(unknown)}; timm.list_models() names those it knows')
+    try:
+        args.device = torch.device(args.device)
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        refuse(f'--device {args.device}: {str(e).splitlines()[0]}')
+    on_cpu = args.device.type == 'cpu'
+    args.runtimes = list(dict.fromkeys(args.runtimes or (['eager', 'onnx'] if on_cpu else ['eager'])))
+    needed = {'matplotlib': 'demo'}
+    if 'onnx' in args.runtimes:
+        if not on_cpu:
+            refuse(f'ONNX Runtime is measured on the CPU, not on {args.device}; leave onnx out of --runtimes')
+        needed.update(onnx='export', onnxruntime='export')
+    for module, extra in needed.items():
+        if importlib.util.find_spec(module) is None:
+            refuse(f"{module} is not installed; pip install 'timm_mobileformer[{extra}]' brings it")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        refuse(f'--output {args.output}: {e.strerror}')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    rows: List[Row] = []
+    with tqdm(args.models, 'preparing') as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            cfg: Any = get_pretrained_cfg(name)
+            size = args.size or (PEERS[name][1] if name in PEERS else cfg.input_size[-1])
+            for row in make_rows(name, size, args.batch, args.device):
+                row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
+                rows.append(row)
+    measure(rows, args.rounds, args.device)
+
+    versions = f'PyTorch {torch.__version__}, timm {timm.__version__}'
+    if 'onnx' in args.runtimes:
+        import onnxruntime
+        versions += f', ONNX Runtime {onnxruntime.__version__}'
+    heading = f'{describe(args.device, args.threads)}; batch of {args.batch}, float32; {versions}; {date.today()}'
+    table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
+    print(table)
+    try:
+        draw(rows, heading, args.output / 'plot.png')
+        (args.output / 'table.md').write_text(table, encoding='utf-8')
+    except OSError as e:
+        refuse(str(e))
+    print(f'written to {args.output}: plot.png, table.md')
+
+
+if __name__ == '__main__':
+    main()
