@@ -237,7 +237,7 @@ def test_interrupted_training_keeps_its_best_checkpoint(tmp_path, shapes):
                           env={**os.environ, 'PYTHONUNBUFFERED': '1'}) as process:
         next(line for line in process.stdout if line.startswith('epoch   2 of'))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
     assert 'Traceback' not in errors
     assert errors.splitlines()[-1].startswith(f'interrupted; {tmp_path / "out" / "model_best.pth.tar"}')
