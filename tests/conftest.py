@@ -1,8 +1,11 @@
+import os
 from pathlib import Path
 from typing import Iterator
 
-import pytest
-from hub_server import Hub, serve
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: many tests start processes, which would fight for cores
+
+import pytest  # noqa: E402
+from hub_server import Hub, serve  # noqa: E402
 
 
 @pytest.fixture(scope='session')

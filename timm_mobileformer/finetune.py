@@ -335,6 +335,8 @@ def finetune(args: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as e:
         raise InputError(f'--device {args.device}: {textwrap.shorten(str(e), 300)}') from e
     check_images(datasets, args.workers)
+    if device.type == 'cpu':  # a thread that has to wait for its core stalls all the others
+        torch.set_num_threads(max(1, torch.get_num_threads() - args.workers))
     picture = importlib.util.find_spec('matplotlib') is not None
     if not picture:
         print("no picture will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
