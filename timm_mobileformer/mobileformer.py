@@ -157,7 +157,12 @@ def limit_slopes(t: torch.Tensor, limits: torch.Tensor, folded: bool) -> List[to
     lower, centre, upper = limits.view(3, 2, 1, 1, 1).unbind(0)
     if not folded:
         t = torch.add(centre, t, alpha=1 / 3)
-    lo, hi = torch.aminmax(torch.clamp(t, lower, upper), dim=-4)
+    t = torch.clamp(t, lower, upper)
+    if t.requires_grad:  # older releases of PyTorch have no derivative of aminmax
+        t1, t2 = t.unbind(-4)
+        lo, hi = torch.minimum(t1, t2), torch.maximum(t1, t2)
+    else:
+        lo, hi = torch.aminmax(t, dim=-4)
     return [lo, hi, (lo / hi).detach()]
 
 
