@@ -91,6 +91,7 @@ def test_torchrun(tmp_path):
         'grads = [None, None]\n'
         'dist.all_gather_object(grads, [p.grad.sum().item() for p in model.parameters() if p.grad is not None])\n'
         "open(f'{sys.argv[1]}/{dist.get_rank()}', 'w').write(str(len(grads[0]) > 0 and grads[0] == grads[1]))\n"
+        'del model\n'  # it holds the process group, whose threads may not outlive the interpreter
         'dist.destroy_process_group()\n')
     output(
         sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
