@@ -395,7 +395,6 @@ def spread_global(
         k: torch.Tensor,
         v: torch.Tensor,
         num_heads: int,
-        fused_attn: bool,
 ) -> torch.Tensor:
     """The map plus what its positions, as queries, take from the tokens.
 
@@ -404,7 +403,6 @@ def spread_global(
         k: Scaled keys (B, M, C).
         v: Values (B, M, C).
         num_heads: Number of heads, h.
-        fused_attn: Use the fused kernel for maps in channels-last.
     """
     B, C, H, W = x.shape
     k = k.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
@@ -413,13 +411,12 @@ def spread_global(
     if _is_exporting():  # runtimes like softmax over the last axis, and transpose inside of a product
         attn = (q.transpose(2, 3) @ k.transpose(2, 3)).softmax(dim=-1)
         return x + (v.transpose(2, 3) @ attn.transpose(2, 3)).reshape(B, C, H, W)
-    if q.stride(2) == 1:  # channels-last
-        q = q.transpose(2, 3)
-        if fused_attn:
-            o = F.scaled_dot_product_attention(q, k, v, scale=1.)
-        else:
-            o = (q @ k.transpose(2, 3)).softmax(dim=-1) @ v
-        return x + o.transpose(2, 3).reshape(B, C, H, W)
+    if q.stride(2) == 1:  # channels-last: all heads in one product, of keys and values that are block-diagonal
+        q = x.permute(0, 2, 3, 1).view(B, H * W, C)
+        k = torch.diag_embed(k.permute(0, 2, 3, 1), 0, 1, 3).view(B, -1, C)
+        v = torch.diag_embed(v.permute(0, 2, 3, 1), 0, 1, 3).view(B, -1, C)
+        attn = torch.bmm(k, q.transpose(1, 2)).view(B, num_heads, -1, H * W).softmax(dim=2).view(B, -1, H * W)
+        return torch.baddbmm(q, attn.transpose(1, 2), v).view(B, H, W, C).permute(0, 3, 1, 2)
     attn = (k @ q).softmax(dim=-2).view(B * num_heads, -1, H * W)
     v = v.transpose(2, 3)
     v = v[0] if B == 1 else v.flatten(0, 1)
@@ -453,7 +450,6 @@ class FormerToMobile(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.fused_attn = use_fused_attn()
         self.folded = False
         self.kv = nn.Linear(token_dim, 2 * dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -467,7 +463,7 @@ class FormerToMobile(nn.Module):
         """Map (B, C, H, W) and tokens (B, M, d) to a map (B, C, H, W)."""
         k, v = self.key_value(z)
         # the result is linear in the values: dropping them drops the path, at M / HW of the cost
-        return spread_global(x, k, self.drop_path(v), self.num_heads, self.fused_attn)
+        return spread_global(x, k, self.drop_path(v), self.num_heads)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
