@@ -215,16 +215,21 @@ class DynamicReLU(nn.Module):
             (B, C, 1, 1).
         """
         n1, n2 = self.chs
-        weight, bias = self.fc2.weight, self.fc2.bias
         h = F.relu(self.fc1(z0))
-        if n1 == n2 and not _is_exporting():  # one batched product
-            h = h.view(-1, 2, self.hidden).transpose(0, 1)
-            t = torch.baddbmm(bias.view(2, 1, -1), h, weight.view(2, 2 * n1, self.hidden).transpose(1, 2))
-            lo, hi, ratio = limit_slopes(t.view(2, -1, 2, n1, 1, 1), self.limits, self.folded)
-            return [lo[0], hi[0], ratio[0], lo[1], hi[1], ratio[1]]
+        if (self.folded or n1 == n2) and not _is_exporting():  # one batched product
+            weight: torch.Tensor = self.fc2.weight
+            bias: torch.Tensor = self.fc2.bias
+            if not self.folded:
+                weight, bias = weight.view(2, -1, self.hidden).transpose(1, 2), bias.view(2, 1, -1)
+            t = torch.baddbmm(bias, h.view(-1, 2, self.hidden).transpose(0, 1), weight)
+            lo, hi, ratio = limit_slopes(t.view(2, z0.shape[0], 2, -1, 1, 1), self.limits, self.folded)
+            if n1 == n2:
+                return [lo[0], hi[0], ratio[0], lo[1], hi[1], ratio[1]]
+            return [lo[0, :, :n1], hi[0, :, :n1], ratio[0, :, :n1], lo[1, :, :n2], hi[1, :, :n2], ratio[1, :, :n2]]
         h1, h2 = h.chunk(2, 1)
-        t1 = F.linear(h1, weight[:2 * n1], bias[:2 * n1])
-        t2 = F.linear(h2, weight[2 * n1:], bias[2 * n1:])
+        (weight1, bias1), (weight2, bias2) = self._second_layers()
+        t1 = F.linear(h1, weight1, bias1)
+        t2 = F.linear(h2, weight2, bias2)
         if _is_exporting():
             return self._plain(t1) + self._plain(t2)
         t = torch.cat([t1.view(-1, 2, n1, 1, 1), t2.view(-1, 2, n2, 1, 1)], dim=2)
@@ -241,11 +246,19 @@ class DynamicReLU(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """Fold ``t / 3 + centre`` into the last linear layer."""
+        """Fold ``t / 3 + centre`` into the second layers, and make them one batched product.
+
+        The narrower one is padded to the width of the other.
+        """
         if not self.folded:
-            centre = self.limits[1].flatten()
-            self.fc2.weight.div_(3)
-            self.fc2.bias.div_(3).add_(torch.cat([centre.repeat_interleave(n) for n in self.chs]))
+            n = max(self.chs)
+            centre = self.limits[1].view(2, 1)
+            weight, bias = self.fc2.weight.new_zeros(2, self.hidden, 2, n), self.fc2.bias.new_zeros(2, 1, 2, n)
+            for i, (w, b) in enumerate(self._second_layers()):
+                c = self.chs[i]
+                weight[i, :, :, :c] = w.view(2, c, -1).permute(2, 0, 1) / 3
+                bias[i, 0, :, :c] = b.view(2, c) / 3 + centre
+            self.fc2.weight, self.fc2.bias = nn.Parameter(weight.flatten(2)), nn.Parameter(bias.flatten(2))
             self.folded = True
         return self
 
@@ -263,6 +276,19 @@ def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
         (B, M, h, c), heads not yet concatenated.
     """
     if fused_attn and kv.stride(2) == 1 and not _is_exporting():
+    def _second_layers(self) -> Tuple[Tuple[torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]:
+        """Weight (2 C, d / 4) and bias (2 C) of the second layer of both MLPs."""
+        n1, n2 = self.chs
+        weight: torch.Tensor = self.fc2.weight
+        bias: torch.Tensor = self.fc2.bias
+        if self.folded:  # without the padding
+            weight, bias = weight.view(2, self.hidden, 2, -1), bias.view(2, 2, -1)
+            return (
+                (weight[0, :, :, :n1].flatten(1).t(), bias[0, :, :n1].flatten()),
+                (weight[1, :, :, :n2].flatten(1).t(), bias[1, :, :n2].flatten()),
+            )
+        return (weight[:2 * n1], bias[:2 * n1]), (weight[2 * n1:], bias[2 * n1:])
+
         kv = kv.transpose(2, 3)
         o = F.scaled_dot_product_attention(q, kv, kv, scale=1.)
     else:
