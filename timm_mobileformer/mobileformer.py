@@ -546,8 +546,15 @@ class Mobile(nn.Module):
         x = dynamic_relu(x, lo1, hi1, ratio1)
         x = self.conv2(x)
         x = dynamic_relu(x, lo2, hi2, ratio2)
-        x = self.shuffle3(self.conv3(x))
-        return shortcut + self.drop_path(x) if self.has_skip else x
+        x = self.conv3(x)
+        if not self.has_skip:
+            return self.shuffle3(x)
+        x = self.drop_path(x)
+        if self.groups == 1:
+            return shortcut + x
+        B, C, H, W = x.shape  # shuffle and add in one pass
+        x = x.view(B, self.groups, -1, H, W).transpose(1, 2)
+        return (shortcut.view(x.shape) + x).view(B, C, H, W)
 
 
 class MobileDown(nn.Module):
@@ -561,6 +568,7 @@ class MobileDown(nn.Module):
         out_chs: Channels of the output, C_out.
         expand: Expansions: hidden width of the first pair over C_in, of the second over C_out.
         token_dim: Width of a token, d.
+        self.groups = groups
         stride: Stride of the first depthwise convolution.
         dilation: Dilations of the two depthwise convolutions.
         groups: Groups of the 1x1 convolutions.
