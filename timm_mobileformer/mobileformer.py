@@ -136,7 +136,9 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
     if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
         # float16 cannot hold the ratio where hi is close to 0
         if x.dtype != torch.float16 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            return DynamicReLUFunction.apply(x, lo, hi, ratio)
+            if torch.is_grad_enabled():
+                return DynamicReLUFunction.apply(x, lo, hi, ratio)
+            return torch._prelu_kernel(x, ratio).mul_(hi)
     return torch.maximum(lo * x, hi * x)
 
 
@@ -783,7 +785,7 @@ class MobileFormer(nn.Module):
         self.mobile_to_former: Optional[nn.Module] = MobileToFormer(chs, token_dim, drop_path=drop_path_rate, **dd)
         self.shuffle = channel_shuffle(groups, groups > 1)
         self.final_conv: Optional[nn.Module] = ConvNorm(chs, 6 * chs, groups=groups, **dd)
-        self.final_act = nn.ReLU6(inplace=True)
+        self.final_act = ReLU6()
         self.num_features = 6 * chs + token_dim
         self.head_hidden_size = head_hidden_size
         self.global_pool = self._create_pool(global_pool)
