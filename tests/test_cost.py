@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_mobileformer.benchmark import count_operators, saved_for_backward
-from timm_mobileformer.mobileformer import DynamicReLU, dynamic_relu
+from timm_mobileformer.mobileformer import DynamicReLU, dynamic_relu, relu6
 
 TINY = 'test_mobileformer'
 # For one image of 224 x 224 in float32, what the authors' program costs: kernels, MB read and written by them, and
@@ -30,15 +30,7 @@ AUTHORS = {
 
 # At most this part of it, after `reparameterize_model` where it says fused.
 LIMITS = {'kernels': 0.64, 'fused kernels': 0.49, 'fused traffic': 0.71, 'saved': 0.70}
-MISSED = {  # what is reached instead
-    ('26m', 'fused kernels'): 0.503,
-    ('96m', 'fused kernels'): 0.497,
-    ('151m', 'fused kernels'): 0.493,
-    ('214m', 'fused kernels'): 0.493,
-    ('508m', 'fused kernels'): 0.493,
-    ('96m', 'saved'): 0.724,
-    ('151m', 'saved'): 0.706,
-}
+MISSED = {('26m', 'fused kernels'): 0.492}  # what is reached instead: the grouped variant copies maps to shuffle them
 
 
 @functools.cache
@@ -69,7 +61,7 @@ def test_cost_is_a_fraction_of_the_authors(variant, what):
     assert ratio <= LIMITS[what]
 
 
-@pytest.mark.parametrize(('what', 'limit'), list(zip(LIMITS, (558, 428, 165, 52), strict=True)))
+@pytest.mark.parametrize(('what', 'limit'), list(zip(LIMITS, (550, 424, 156, 49.5), strict=True)))
 def test_294m_costs_no_more_than_promised(what, limit):
     assert cost('294m')[what] <= limit
 
@@ -155,6 +147,18 @@ def test_derivatives_of_dynamic_relu_are_right_to_second_order():
     inputs = (z0, x, *slopes.parameters())
     assert torch.autograd.gradcheck(activate, inputs)
     assert torch.autograd.gradgradcheck(activate, inputs)
+
+
+def test_derivatives_of_relu6_are_those_of_pytorch():
+    x = torch.tensor([-1., -0., 0., 0.5, 3., 6., 7.], dtype=torch.float64, requires_grad=True)
+    scale = torch.arange(1., 8., dtype=torch.float64, requires_grad=True)
+    grads = []
+    for act in relu6, torch.nn.functional.relu6:
+        grad, = torch.autograd.grad((act(x * scale) ** 3).sum(), x, create_graph=True)
+        grads.append([grad, *torch.autograd.grad((grad ** 2).sum(), (x, scale))])
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.any()
+        assert torch.equal(ours, theirs)
 
 
 def test_compiling_a_fused_model_finds_one_graph_and_other_batch_sizes_one_more():

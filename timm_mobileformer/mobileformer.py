@@ -102,6 +102,36 @@ def _is_exporting() -> bool:
     return False
 
 
+class ReLU6Function(torch.autograd.Function):
+    """ReLU6 that keeps for backward its result, which the next convolution keeps too, instead of its input."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu6(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.hardtanh_backward(grad, ctx.saved_tensors[0], 0., 6.)
+
+
+@torch.fx.wrap
+def relu6(x: torch.Tensor) -> torch.Tensor:
+    """ReLU6, in place where nothing is kept for backward."""
+    if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            return ReLU6Function.apply(x)
+    return F.relu6(x, inplace=True)
+
+
+class ReLU6(nn.ReLU6):
+    """`nn.ReLU6` that is light on memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return relu6(x)
+
+
 class DynamicReLUFunction(torch.autograd.Function):
     """``max(lo * x, hi * x)`` for ``0 < hi >= lo``: ``prelu(x, lo / hi)`` in one pass, then a scaling in place.
 
@@ -238,6 +268,19 @@ class DynamicReLU(nn.Module):
         lo, hi, ratio = limit_slopes(t, self.limits, self.folded)
         return [lo[:, :n1], hi[:, :n1], ratio[:, :n1], lo[:, n1:], hi[:, n1:], ratio[:, n1:]]
 
+    def _second_layers(self) -> Tuple[Tuple[torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]:
+        """Weight (2 C, d / 4) and bias (2 C) of the second layer of both MLPs."""
+        n1, n2 = self.chs
+        weight: torch.Tensor = self.fc2.weight
+        bias: torch.Tensor = self.fc2.bias
+        if self.folded:  # without the padding
+            weight, bias = weight.view(2, self.hidden, 2, -1), bias.view(2, 2, -1)
+            return (
+                (weight[0, :, :, :n1].flatten(1).t(), bias[0, :, :n1].flatten()),
+                (weight[1, :, :, :n2].flatten(1).t(), bias[1, :, :n2].flatten()),
+            )
+        return (weight[:2 * n1], bias[:2 * n1]), (weight[2 * n1:], bias[2 * n1:])
+
     def _plain(self, t: torch.Tensor) -> List[torch.Tensor]:
         """What one MLP answers (B, 2 C) in plain operators; the slopes in any order, which a maximum allows."""
         t1, t2 = t.view(t.shape[0], -1, 1, 1).chunk(2, dim=1)
@@ -278,19 +321,6 @@ def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
         (B, M, h, c), heads not yet concatenated.
     """
     if fused_attn and kv.stride(2) == 1 and not _is_exporting():
-    def _second_layers(self) -> Tuple[Tuple[torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]:
-        """Weight (2 C, d / 4) and bias (2 C) of the second layer of both MLPs."""
-        n1, n2 = self.chs
-        weight: torch.Tensor = self.fc2.weight
-        bias: torch.Tensor = self.fc2.bias
-        if self.folded:  # without the padding
-            weight, bias = weight.view(2, self.hidden, 2, -1), bias.view(2, 2, -1)
-            return (
-                (weight[0, :, :, :n1].flatten(1).t(), bias[0, :, :n1].flatten()),
-                (weight[1, :, :, :n2].flatten(1).t(), bias[1, :, :n2].flatten()),
-            )
-        return (weight[:2 * n1], bias[:2 * n1]), (weight[2 * n1:], bias[2 * n1:])
-
         kv = kv.transpose(2, 3)
         o = F.scaled_dot_product_attention(q, kv, kv, scale=1.)
     else:
@@ -531,6 +561,7 @@ class Mobile(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         mid_chs = in_chs * expand
+        self.groups = groups
         self.has_skip = in_chs == out_chs
         self.slopes = DynamicReLU(token_dim, (mid_chs, mid_chs), **dd)
         self.conv1 = ConvNorm(in_chs, mid_chs, groups=groups, **dd)
@@ -570,7 +601,6 @@ class MobileDown(nn.Module):
         out_chs: Channels of the output, C_out.
         expand: Expansions: hidden width of the first pair over C_in, of the second over C_out.
         token_dim: Width of a token, d.
-        self.groups = groups
         stride: Stride of the first depthwise convolution.
         dilation: Dilations of the two depthwise convolutions.
         groups: Groups of the 1x1 convolutions.
@@ -640,7 +670,7 @@ class LiteBottleneck(nn.Module):
         super().__init__()
         self.has_skip = stride == 1 and in_chs == out_chs
         self.conv1 = ConvNorm(in_chs, in_chs * expand, 3, stride=stride, groups=in_chs, **dd)
-        self.act = nn.ReLU6(inplace=True)
+        self.act = ReLU6()
         self.shuffle = channel_shuffle(in_chs, groups > 1)
         self.conv2 = ConvNorm(in_chs * expand, out_chs, groups=groups, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -750,7 +780,7 @@ class MobileFormer(nn.Module):
         # Tokens and stem
         self.tokens: Optional[nn.Parameter] = nn.Parameter(torch.empty(num_tokens, token_dim, **dd))
         self.stem = ConvNorm(in_chans, stem_width, 3, stride=2, **dd)
-        self.stem_act = nn.ReLU6(inplace=True)
+        self.stem_act = ReLU6()
 
         # Stages of blocks
         feature_info: List[Dict[str, Any]] = []
@@ -790,7 +820,7 @@ class MobileFormer(nn.Module):
         self.head_hidden_size = head_hidden_size
         self.global_pool = self._create_pool(global_pool)
         self.head_hidden: Optional[nn.Module] = LinearNorm(self.num_features, head_hidden_size, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
+        self.head_drop = nn.Dropout(drop_rate) if drop_rate > 0. else nn.Identity()
         self.classifier = nn.Linear(head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
         self.init_weights()
