@@ -410,9 +410,11 @@ def spread_global(
     k = k.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
     v = v.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
     q = x.view(B, num_heads, C // num_heads, H * W)
-    if _is_exporting():  # runtimes like softmax over the last axis, and transpose inside of a product
-        attn = (q.transpose(2, 3) @ k.transpose(2, 3)).softmax(dim=-1)
-        return x + (v.transpose(2, 3) @ attn.transpose(2, 3)).reshape(B, C, H, W)
+    if _is_exporting():  # a softmax over few tokens is slow in runtimes, its parts are not
+        attn = k @ q
+        attn = (attn - attn.amax(dim=-2, keepdim=True)).exp()
+        attn = attn / attn.sum(dim=-2, keepdim=True)
+        return x + (v.transpose(2, 3) @ attn).reshape(B, C, H, W)
     if q.stride(2) == 1:  # channels-last
         q = q.transpose(2, 3)
         if fused_attn:
