@@ -373,10 +373,16 @@ class MobileToFormer(nn.Module):
         """Map (B, C, H, W) and tokens (B, M, d) to tokens (B, M, d)."""
         B, C, H, W = x.shape
         h, c = self.num_heads, C // self.num_heads
+        z = z.contiguous()
         q, gate = self.query_gate(z)
         o = attend(q.view(B, -1, h, c).transpose(1, 2), x.view(B, h, c, H * W), self.fused_attn)
-        o = self.proj((gate.view(o.shape) * o).view(-1, C)).view(z.shape)
-        return self.norm(z + self.drop_path(o))
+        if _is_exporting():
+            o = self.proj(gate * o.reshape(gate.shape))
+        else:
+            o = self.proj((gate.view(o.shape) * o).view(-1, C))
+        if self.training:
+            o = self.drop_path(o.view(z.shape)).view(o.shape)
+        return self.norm(z.view(o.shape) + o).view(z.shape)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -418,15 +424,16 @@ class Former(nn.Module):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Tokens (B, M, d) to tokens (B, M, d)."""
         B, M, d = z.shape
-        z = z.contiguous()
+        z = z.contiguous().view(-1, d)
         h, c = self.num_heads, d // self.num_heads
-        q = self.q(z.view(B * M, d))
+        q = self.q(z)
         if not self.folded:
             q = q * self.scale
         o = attend(q.view(B, M, h, c).transpose(1, 2), z.view(B, M, h, c).permute(0, 2, 3, 1), self.fused_attn)
-        o = o.contiguous().view(B * M, d)
-        z = self.norm1(z + self.drop_path(self.proj(o).view(B, M, d)))
-        z = z.view(B * M, d)
+        o = self.proj(o.contiguous().view(-1, d))
+        if self.training:
+            o = self.drop_path(o.view(B, M, d)).view(-1, d)
+        z = self.norm1(z + o)
         o = F.gelu(self.fc1(z))
         z = torch.addmm(z, o, self.fc2.weight.t()) if self.folded else z + self.fc2(o)
         return self.norm2(z).view(B, M, d)
@@ -466,9 +473,11 @@ def spread_global(
     k = k.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
     v = v.view(B, -1, num_heads, C // num_heads).transpose(1, 2)
     q = x.view(B, num_heads, C // num_heads, H * W)
-    if _is_exporting():  # runtimes like softmax over the last axis, and transpose inside of a product
-        attn = (q.transpose(2, 3) @ k.transpose(2, 3)).softmax(dim=-1)
-        return x + (v.transpose(2, 3) @ attn.transpose(2, 3)).reshape(B, C, H, W)
+    if _is_exporting():  # a softmax over few tokens is slow in runtimes, its parts are not
+        attn = k @ q
+        attn = (attn - attn.amax(dim=-2, keepdim=True)).exp()
+        attn = attn / attn.sum(dim=-2, keepdim=True)
+        return x + (v.transpose(2, 3) @ attn).reshape(B, C, H, W)
     if q.stride(2) == 1:  # channels-last: all heads in one product, of keys and values that are block-diagonal
         q = x.permute(0, 2, 3, 1).view(B, H * W, C)
         k = torch.diag_embed(k.permute(0, 2, 3, 1), 0, 1, 3).view(B, -1, C)
