@@ -152,15 +152,27 @@ def test_drop_path_rate_grows_linearly_up_to_the_last_bridge():
     assert model.mobile_to_former.drop_path.drop_prob == pytest.approx(0.18)
 
 
-def test_drop_path_drops_whole_images_and_only_in_training():
-    model = tiny(drop_path_rate=0.5)
-    assert_close(model(images()), tiny()(images()))
-    bridge = model.mobile_to_former.train()
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('part', ['mobile_to_former', 'former', 'mobile', 'former_to_mobile', 'down'])
+def test_drop_path_drops_whole_images(part, channels_last):
+    blocks = tiny(drop_path_rate=0.5).stages[4]
+    module = blocks[0].mobile if part == 'down' else blocks[1].get_submodule(part)
+    for m in module.modules():
+        m.training = not isinstance(m, nn.BatchNorm2d)
     torch.manual_seed(0)
+    x = torch.randn(1, 32, 4, 4).expand(64, -1, -1, -1)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     z = torch.randn(1, 2, 32).expand(64, -1, -1)
-    kept = (bridge(torch.randn(1, 32, 4, 4).expand(64, -1, -1, -1), z) - bridge.norm(z)).abs() > 1e-6
-    assert 0 < kept.all(2).all(1).sum() < 64
-    assert torch.equal(kept.any(2).any(1), kept.any(2).all(1))
+    args = (z,) if part == 'former' else (x, z[:, 0]) if part in ('mobile', 'down') else (x, z)
+    out = module(*args).flatten(1)
+    same = (out - out[0]).abs().amax(1) < 1e-4
+    other = (out - out[same.logical_not()][0]).abs().amax(1) < 1e-4
+    assert 16 < same.sum() < 48
+    assert torch.equal(other, same.logical_not()), 'dropped or kept, and nothing between'
+
+
+def test_drop_path_is_for_training_alone():
+    assert_close(tiny(drop_path_rate=0.5)(images()), tiny()(images()))
 
 
 def test_device_and_dtype_are_those_asked_for():

@@ -465,8 +465,8 @@ def spread_global(
 
     Args:
         x: Map (B, C, H, W), read in place whatever its memory format.
-        k: Scaled keys (B, M, C).
-        v: Values (B, M, C).
+        k: Scaled keys (B, M, C) or (B * M, C).
+        v: Values (B, M, C) or (B * M, C).
         num_heads: Number of heads, h.
     """
     B, C, H, W = x.shape
@@ -529,8 +529,9 @@ class FormerToMobile(nn.Module):
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) and tokens (B, M, d) to a map (B, C, H, W)."""
         k, v = self.key_value(z)
-        # the result is linear in the values: dropping them drops the path, at M / HW of the cost
-        return spread_global(x, k, self.drop_path(v), self.num_heads)
+        if self.training:  # the result is linear in the values: dropping them drops the path, at M / HW of the cost
+            v = self.drop_path(v.view(z.shape[0], -1, self.dim))
+        return spread_global(x, k, v, self.num_heads)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
