@@ -124,6 +124,16 @@ def test_table_and_plot(tmp_path, capsys):
         assert plot.width > 1000 and len(plot.convert('RGB').getcolors(plot.width * plot.height)) > 20
 
 
+def test_channels_last_reaches_the_model(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(benchmark, 'measure', lambda rows, *args: measured.extend(rows) or measure(rows, *args))
+    run_here('--models', 'test_mobileformer', '--channels-last', '--size', 64, '--rounds', 2, '--output', tmp_path)
+    assert 'channels-last' in (tmp_path / 'table.md').read_text(encoding='utf-8')
+    for row in measured:
+        features = row.model.forward_intermediates(row.x, intermediates_only=True)
+        assert all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in features)
+
+
 @pytest.mark.parametrize(('args', 'reason'), [
     (('--models', 'mobileformer_1m', 'resnet18'), 'timm knows no model mobileformer_1m;'),
     (('--rounds', 1), '--rounds must be at least 2, not 1'),

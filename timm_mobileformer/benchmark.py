@@ -169,11 +169,17 @@ def load(name: str, size: int, device: torch.device) -> nn.Module:
     return model
 
 
-def make_rows(name: str, size: int, batch: int, device: torch.device) -> Iterator[Row]:
+def make_rows(
+        name: str,
+        size: int,
+        batch: int,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+) -> Iterator[Row]:
     """The model as trained and, if that is something else, fused."""
-    model = load(name, size, device)
-    images = torch.randn(max(batch, 4), 3, size, size, device=device)
-    saved = saved_for_backward(load(name, size, device), images[:4])
+    model = load(name, size, device).to(memory_format=memory_format)
+    images = torch.randn(max(batch, 4), 3, size, size, device=device).to(memory_format=memory_format)
+    saved = saved_for_backward(load(name, size, device).to(memory_format=memory_format), images[:4])
     as_trained = 0
     for fused in False, True:
         net = reparameterize_model(model) if fused else model
@@ -198,7 +204,7 @@ def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-        feed = {session.get_inputs()[0].name: x.numpy()}
+        feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
         return lambda: session.run(None, feed)
     call = torch.compile(model, fullgraph=True, dynamic=False) if runtime == 'compile' else model
     return lambda: call(x)
@@ -383,6 +389,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=1, metavar='N', help='images at a time (default: 1)')
     parser.add_argument('--size', type=int, metavar='N',
                         help='of the images (default: that of the published accuracy, 224 for nearly all)')
+    parser.add_argument('--channels-last', action='store_true', help='maps in PyTorch lie as (B, H, W, C)')
     parser.add_argument('--rounds', type=int, default=50, metavar='N', help='measurements of each row (default: 50)')
     parser.add_argument('--threads', type=int, default=1, metavar='N', help='of the CPU (default: 1)')
     parser.add_argument('--device', default='cpu', help='default: cpu')
@@ -423,12 +430,13 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     rows: List[Row] = []
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     with tqdm(args.models, 'preparing') as bar:
         for name in bar:
             bar.set_postfix_str(name)
             cfg: Any = get_pretrained_cfg(name)
             size = args.size or (PEERS[name][1] if name in PEERS else cfg.input_size[-1])
-            for row in make_rows(name, size, args.batch, args.device):
+            for row in make_rows(name, size, args.batch, args.device, memory_format):
                 row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
                 rows.append(row)
     measure(rows, args.rounds, args.device)
@@ -437,7 +445,8 @@ def main() -> None:
     if 'onnx' in args.runtimes:
         import onnxruntime
         versions += f', ONNX Runtime {onnxruntime.__version__}'
-    heading = f'{describe(args.device, args.threads)}; batch of {args.batch}, float32; {versions}; {date.today()}'
+    maps = 'float32, channels-last' if args.channels_last else 'float32'
+    heading = f'{describe(args.device, args.threads)}; batch of {args.batch}, {maps}; {versions}; {date.today()}'
     table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
     print(table)
     try:
