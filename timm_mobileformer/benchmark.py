@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, resolve_model_input_args
 from timm.utils import reparameterize_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.collect_env import get_cpu_info
@@ -95,7 +96,8 @@ def count_operators(model: nn.Module, x: torch.Tensor) -> OperatorCounter:
 
 def count_macs(model: nn.Module, x: torch.Tensor) -> float:
     """Multiply-adds of the convolutions and matrix products for each image of a batch (B, C, H, W)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # PyTorch does not count the fused attention of CPUs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(x)
     return counter.get_total_flops() / 2 / len(x)
 
