@@ -409,6 +409,8 @@ def test_reparameterize_folds_every_norm_and_leaves_the_model_as_it_was():
     assert_close(fused(images()), model(images()), rtol=2e-5, atol=2e-5)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+    frozen = reparameterize_model(model.requires_grad_(False))
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_a_reparameterized_model_is_still_a_timm_model():

@@ -303,7 +303,8 @@ class DynamicReLU(nn.Module):
                 c = self.chs[i]
                 weight[i, :, :, :c] = w.view(2, c, -1).permute(2, 0, 1) / 3
                 bias[i, 0, :, :c] = b.view(2, c) / 3 + centre
-            self.fc2.weight, self.fc2.bias = nn.Parameter(weight.flatten(2)), nn.Parameter(bias.flatten(2))
+            self.fc2.weight = nn.Parameter(weight.flatten(2), self.fc2.weight.requires_grad)
+            self.fc2.bias = nn.Parameter(bias.flatten(2), self.fc2.bias.requires_grad)
             self.folded = True
         return self
 
