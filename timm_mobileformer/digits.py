@@ -4,12 +4,16 @@
 """
 import argparse
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['write_digits']
+__all__ = ['folder_or_digits', 'write_digits']
 
 
 def write_digits(root: Path) -> None:
@@ -35,6 +39,21 @@ def write_digits(root: Path) -> None:
             path = Path(root) / split / str(labels[i]) / f'{i:04}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(path)
+
+
+@contextmanager
+def folder_or_digits(folder: Optional[Path]) -> Iterator[Path]:
+    """The folder of a command's data; if none was named, one with the digits that is gone afterwards.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        write_digits(Path(temporary))
+        yield Path(temporary)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from timm.utils import accuracy, reparameterize_model
 from timm.utils.onnx import onnx_export
 from tqdm import tqdm
 
-from .digits import write_digits
+from .digits import folder_or_digits
 from .finetune import InputError, check_images, open_data, some
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -338,10 +338,7 @@ def main() -> None:
     if args.img_size is not None and args.img_size < 32:
         parser.error(f'--img-size must be at least 32, not {args.img_size}')
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            if args.data_dir is None:
-                args.data_dir = Path(folder)
-                write_digits(args.data_dir)
+        with folder_or_digits(args.data_dir) as args.data_dir:
             export(args)
     except (InputError, ModuleNotFoundError, OSError) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -37,7 +37,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, CheckpointSaver, ModelEmaV3, accuracy, random_seed
 from tqdm import tqdm
 
-from .digits import write_digits
+from .digits import folder_or_digits
 
 # what timm takes for the names of both splits
 SPLITS = {'train': ('train', 'training'), 'validation': ('validation', 'val', 'valid', 'eval', 'evaluation')}
@@ -386,10 +386,7 @@ def finetune(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            if args.data_dir is None:
-                args.data_dir = Path(folder)
-                write_digits(args.data_dir)
+        with folder_or_digits(args.data_dir) as args.data_dir:
             finetune(args)
     except (InputError, ModuleNotFoundError, OSError, SafetensorError) as e:
         print(f'error: {e}', file=sys.stderr)
