@@ -140,13 +140,17 @@ def test_derivatives_of_dynamic_relu_are_right_to_second_order():
         assert (theta == limit).any(), 'every limit is reached'
     assert ((theta > -1) & (theta < 0)).any() and ((theta > 1) & (theta < 2)).any(), 'and what is between them'
 
-    def activate(z0: torch.Tensor, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        lo1, hi1, ratio1, lo2, hi2, ratio2 = slopes(z0)
+    names = [name for name, _ in slopes.named_parameters()]
+
+    def activate(z0: torch.Tensor, x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        state = dict(zip(names, params, strict=True))
+        lo1, hi1, ratio1, lo2, hi2, ratio2 = torch.func.functional_call(slopes, state, z0)
         return dynamic_relu(dynamic_relu(x, lo1, hi1, ratio1), lo2, hi2, ratio2)
 
     inputs = (z0, x, *slopes.parameters())
-    assert torch.autograd.gradcheck(activate, inputs)
-    assert torch.autograd.gradgradcheck(activate, inputs)
+    modes = dict(check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradcheck(activate, inputs, **modes)
+    assert torch.autograd.gradgradcheck(activate, inputs, check_fwd_over_rev=True, check_batched_grad=True)
 
 
 def test_derivatives_of_relu6_are_those_of_pytorch():
@@ -155,7 +159,8 @@ def test_derivatives_of_relu6_are_those_of_pytorch():
     grads = []
     for act in relu6, torch.nn.functional.relu6:
         grad, = torch.autograd.grad((act(x * scale) ** 3).sum(), x, create_graph=True)
-        grads.append([grad, *torch.autograd.grad((grad ** 2).sum(), (x, scale))])
+        tangent = torch.func.jvp(lambda x, act=act: act(x * scale), (x,), (scale,))[1]
+        grads.append([grad, tangent, *torch.autograd.grad((grad ** 2).sum() + (tangent ** 2).sum(), (x, scale))])
     for ours, theirs in zip(*grads, strict=True):
         assert theirs.any()
         assert torch.equal(ours, theirs)

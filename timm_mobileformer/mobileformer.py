@@ -105,15 +105,22 @@ def _is_exporting() -> bool:
 class ReLU6Function(torch.autograd.Function):
     """ReLU6 that keeps for backward its result, which the next convolution keeps too, instead of its input."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu6(x)
-        ctx.save_for_backward(y)
-        return y
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return F.relu6(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: Tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten.hardtanh_backward(grad, ctx.saved_tensors[0], 0., 6.)
+
+    jvp = backward  # each number has a slope of its own
 
 
 @torch.fx.wrap
@@ -139,10 +146,16 @@ class DynamicReLUFunction(torch.autograd.Function):
     made of differentiable operators, so second derivatives are right.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, lo, hi)
+    def forward(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
         return torch._prelu_kernel(x, ratio).mul_(hi)
+
+    @staticmethod
+    def setup_context(ctx, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
@@ -151,6 +164,11 @@ class DynamicReLUFunction(torch.autograd.Function):
         grad_lo = grad_lo.sum((2, 3), keepdim=True)  # of the positions where x <= 0
         grad_hi = (grad * x).sum((2, 3), keepdim=True) - grad_lo
         return grad_x.mul_(hi), grad_lo, grad_hi, None
+
+    @staticmethod
+    def jvp(ctx, dx: torch.Tensor, dlo: torch.Tensor, dhi: torch.Tensor, _: None) -> torch.Tensor:
+        x, lo, hi = ctx.saved_tensors
+        return torch.where(x > 0, dhi * x + hi * dx, dlo * x + lo * dx)
 
 
 @torch.fx.wrap
@@ -488,7 +506,7 @@ def spread_global(
     attn = (k @ q).softmax(dim=-2).view(B * num_heads, -1, H * W)
     v = v.transpose(2, 3)
     v = v[0] if B == 1 else v.flatten(0, 1)
-    return torch.baddbmm(q.view(B * num_heads, -1, H * W), v, attn).view(B, C, H, W)
+    return torch.baddbmm(q.contiguous().view(B * num_heads, -1, H * W), v, attn).view(B, C, H, W)
 
 
 class FormerToMobile(nn.Module):
