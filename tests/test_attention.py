@@ -90,7 +90,7 @@ def test_attention_sums_to_1_over_positions_and_over_tokens():
     for m in maps:
         total = m.mobile_to_former.sum((3, 4))
         torch.testing.assert_close(total, torch.ones_like(total))
-        assert m.mobile_to_former.amax() > 1.5 / m.mobile_to_former[0, 0, 0].numel()  # not just even
+        assert m.mobile_to_former.amax() > 1.3 / m.mobile_to_former[0, 0, 0].numel()  # not just even
         if m.former_to_mobile is not None:
             total = m.former_to_mobile.sum(2)
             torch.testing.assert_close(total, torch.ones_like(total))

@@ -10,11 +10,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mobileformer.mobileformer  # noqa: F401  (registers the models)
@@ -425,7 +427,7 @@ def test_a_reparameterized_model_is_still_a_timm_model():
     assert fused(images()).shape == (2, 16, 8, 12)
 
 
-# Compilers and exporters. Fused models are what is shipped, so both forms go through each.
+# Compilers, exporters and other tools. Fused models are what is shipped, so both forms go through most.
 
 @pytest.fixture(params=['as trained', 'reparameterized'])
 def model(request):
@@ -510,6 +512,78 @@ def test_onnx_runtime_agrees_at_any_batch_and_size(exporter, tmp_path):
     for size in (64, 96, 2), (160, 160, 1), (45, 67, 3):
         out, = session.run(None, {'images': images(*size).numpy()})
         assert_close(torch.from_numpy(out), model(images(*size)).detach())
+
+
+# Tools that differentiate a model in their own way, or rewrite its layers
+
+def test_an_ensemble_runs_as_one_by_vmap(model):
+    models = [model, lively(copy.deepcopy(model), seed=1)]
+    stacked, x = stack_module_state(models), images()
+    with torch.no_grad():
+        answers = vmap(lambda state: functional_call(model, state, (x,)))(stacked)
+        assert_close(answers, torch.stack([m(x) for m in models]))
+
+
+@pytest.mark.parametrize('fused_attn', [False, True])
+def test_gradients_come_for_every_image_alone_by_vmap(monkeypatch, fused_attn):
+    model = tiny(num_classes=5)
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            monkeypatch.setattr(module, 'fused_attn', fused_attn)
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(params: Any, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(functional_call(model, (params, buffers), (image[None],)), target[None])
+
+    x, target = images(), torch.arange(2)
+    of_each = vmap(grad(loss), (None, 0, 0))(params, x, target)
+    for i in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(x[i:i + 1]), target[i:i + 1]).backward()
+        assert_close({n: g[i] for n, g in of_each.items()}, {n: p.grad for n, p in model.named_parameters()})
+
+
+def test_forward_mode_and_second_derivatives_are_right_without_fused_attention(monkeypatch):
+    model = tiny(num_classes=5).double()
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            monkeypatch.setattr(module, 'fused_attn', False)  # PyTorch has these derivatives of no fused kernel
+    x, direction = images(32, 32).double(), images(32, 32, seed=1).double()
+    step = 1e-6 * direction
+
+    _, along = jvp(model, (x,), (direction,))
+    assert_close(along, (model(x + step) - model(x - step)) / 2e-6, rtol=1e-6, atol=1e-6)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().sum()
+
+    curved = (grad(loss)(x + step) - grad(loss)(x - step)) / 2e-6
+    assert_close(jvp(grad(loss), (x,), (direction,))[1], curved, rtol=1e-5, atol=1e-5)
+    assert_close(torch.autograd.functional.hvp(loss, x, direction)[1], curved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:torch.ao.quantization is deprecated')
+def test_dynamic_quantization_takes_the_linear_layers(model):
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(m) is nn.Linear for m in quantized.modules())
+    answers, expected = quantized(images()), model(images())
+    assert not torch.equal(answers, expected)
+    assert (answers - expected).norm() < 0.25 * expected.norm()  # random weights are sensitive
+
+
+def test_pruned_weights_train_and_stay_away():
+    model = tiny(num_classes=5).train()
+    pruned = [(m, 'weight') for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    prune.global_unstructured(pruned, prune.L1Unstructured, amount=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images()), torch.arange(2)).backward()
+        optimizer.step()
+    for module, name in pruned:
+        prune.remove(module, name)
+    weights = torch.cat([m.weight.flatten() for m, _ in pruned])
+    assert (weights == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
 
 
 # Memory formats, dtypes, devices, copies

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.models import save_for_hf
+from timm.utils import reparameterize_model
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -178,3 +179,39 @@ def test_anomalib_extracts_features_by_the_names_of_the_stages():
         'anomalib.models.components.feature_extractors', reason='anomalib is not installed').TimmFeatureExtractor
     maps = extractor('test_mobileformer', layers=['stages.1', 'stages.2'], pre_trained=False)(torch.rand(1, 3, 64, 64))
     assert {k: tuple(m.shape) for k, m in maps.items()} == {'stages.1': (1, 8, 16, 16), 'stages.2': (1, 16, 8, 8)}
+
+
+# Adapters and quantizers, which replace or rewrite linear layers
+
+def test_peft_adapts_every_linear_layer_and_merges():
+    peft = pytest.importorskip('peft', reason='peft is not installed')
+    torch.manual_seed(0)
+    model = timm.create_model('test_mobileformer', num_classes=10)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    config = peft.LoraConfig(r=2, target_modules='all-linear', modules_to_save=['classifier'], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).train()
+    images = torch.randn(4, 3, 64, 64)
+    F.cross_entropy(adapted(images), torch.arange(4)).backward()
+    learnt = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name for name, p in adapted.named_parameters() if p.grad is not None} == learnt
+    assert all(any(f'.{name}.lora_A' in n for n in learnt) for name in linear - {'classifier'})
+    expected = adapted.eval()(images)
+    merged = adapted.merge_and_unload()
+    assert type(merged) is type(model)
+    torch.testing.assert_close(reparameterize_model(merged)(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('fused', [False, True], ids=['as trained', 'reparameterized'])
+def test_torchao_quantizes_the_linear_layers(fused):
+    quantization = pytest.importorskip('torchao.quantization', reason='torchao is not installed')
+    torch.manual_seed(0)
+    model = timm.create_model('test_mobileformer', num_classes=10).eval()
+    if fused:
+        model = reparameterize_model(model)
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert all(m.weight.dtype != m.weight.qdata.dtype for m in model.modules() if isinstance(m, torch.nn.Linear))
+    answers = model(images)
+    assert not torch.equal(answers, expected)
+    assert (answers - expected).norm() < 0.05 * expected.norm()

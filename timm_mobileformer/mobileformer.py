@@ -216,13 +216,71 @@ def limit_slopes(t: torch.Tensor, limits: torch.Tensor, folded: bool) -> List[to
     return [lo, hi, (lo / hi).detach()]
 
 
+class SlopesLinear(nn.Module):
+    """The second linear layers of both MLPs of `DynamicReLU`, their rows in one tensor.
+
+    It is no `nn.Linear`, so that what replaces or rewrites those (quantizers, adapters) leaves it alone.
+
+    Args:
+        in_features: Width of an input.
+        chs: Channels under the first and under the second dynamic ReLU, with two slopes each.
+    """
+
+    def __init__(self, in_features: int, chs: Tuple[int, int], device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.in_features = in_features
+        self.chs = chs
+        self.folded = False
+        self.weight = nn.Parameter(torch.empty(2 * sum(chs), in_features, **dd))
+        self.bias = nn.Parameter(torch.empty(2 * sum(chs), **dd))
+
+    def forward(self, h: torch.Tensor) -> List[torch.Tensor]:
+        """Both inputs side by side (B, 2 * in_features) to (B, 2 C_1) and (B, 2 C_2), or to one tensor (2, B, 2 C)."""
+        n1, n2 = self.chs
+        if (self.folded or n1 == n2) and not _is_exporting():  # one batched product
+            weight: torch.Tensor = self.weight
+            bias: torch.Tensor = self.bias
+            if not self.folded:
+                weight, bias = weight.view(2, -1, self.in_features).transpose(1, 2), bias.view(2, 1, -1)
+            return [torch.baddbmm(bias, h.view(-1, 2, self.in_features).transpose(0, 1), weight)]
+        h1, h2 = h.chunk(2, 1)
+        (weight1, bias1), (weight2, bias2) = self.layers()
+        return [F.linear(h1, weight1, bias1), F.linear(h2, weight2, bias2)]
+
+    def layers(self) -> Tuple[Tuple[torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]:
+        """Weight (2 C, in_features) and bias (2 C) of each layer."""
+        n1, n2 = self.chs
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
+        if self.folded:  # without the padding
+            weight, bias = weight.view(2, self.in_features, 2, -1), bias.view(2, 2, -1)
+            return (
+                (weight[0, :, :, :n1].flatten(1).t(), bias[0, :, :n1].flatten()),
+                (weight[1, :, :, :n2].flatten(1).t(), bias[1, :, :n2].flatten()),
+            )
+        return (weight[:2 * n1], bias[:2 * n1]), (weight[2 * n1:], bias[2 * n1:])
+
+    @torch.jit.ignore
+    def fold(self, centre: torch.Tensor) -> None:
+        """Fold ``t / 3 + centre`` in, and pad the narrower layer to the width of the other for one batched product."""
+        n = max(self.chs)
+        weight, bias = self.weight.new_zeros(2, self.in_features, 2, n), self.bias.new_zeros(2, 1, 2, n)
+        for i, (w, b) in enumerate(self.layers()):
+            c = self.chs[i]
+            weight[i, :, :, :c] = w.view(2, c, -1).permute(2, 0, 1) / 3
+            bias[i, 0, :, :c] = b.view(2, c) / 3 + centre.view(2, 1)
+        self.weight = nn.Parameter(weight.flatten(2), self.weight.requires_grad)
+        self.bias = nn.Parameter(bias.flatten(2), self.bias.requires_grad)
+        self.folded = True
+
+
 class DynamicReLU(nn.Module):
     """The slopes of the two dynamic ReLUs of Mobile, driven by the first token (Sec. 3.2, "Mobile sub-block").
 
     A small MLP for each gives the two slopes of every channel, ``2 * theta_1`` in [0, 2] and ``2 * theta_2 - 1`` in
     [-1, 1], where ``theta = hard_sigmoid(W_2 relu(W_1 z_0))``; in other words ``t / 3 + 1`` and ``t / 3``, clamped.
-    Both MLPs read the same token, so their first layers are one linear layer here, and the rows of their second layers
-    lie in one tensor.
+    Both MLPs read the same token, so their first layers are one linear layer here.
 
     Args:
         token_dim: Width of a token, d.
@@ -235,10 +293,8 @@ class DynamicReLU(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.chs = chs
-        self.hidden = token_dim // 4
-        self.folded = False
-        self.fc1 = nn.Linear(token_dim, 2 * self.hidden, **dd)
-        self.fc2 = nn.Linear(self.hidden, 2 * sum(chs), **dd)
+        self.fc1 = nn.Linear(token_dim, 2 * (token_dim // 4), **dd)
+        self.fc2 = SlopesLinear(token_dim // 4, chs, **dd)
         self.register_buffer('limits', torch.empty(3, 2, **dd), persistent=False)
         self.init_non_persistent_buffers()
 
@@ -265,65 +321,31 @@ class DynamicReLU(nn.Module):
             (B, C, 1, 1).
         """
         n1, n2 = self.chs
-        h = F.relu(self.fc1(z0))
-        if (self.folded or n1 == n2) and not _is_exporting():  # one batched product
-            weight: torch.Tensor = self.fc2.weight
-            bias: torch.Tensor = self.fc2.bias
-            if not self.folded:
-                weight, bias = weight.view(2, -1, self.hidden).transpose(1, 2), bias.view(2, 1, -1)
-            t = torch.baddbmm(bias, h.view(-1, 2, self.hidden).transpose(0, 1), weight)
-            lo, hi, ratio = limit_slopes(t.view(2, z0.shape[0], 2, -1, 1, 1), self.limits, self.folded)
+        t = self.fc2(F.relu(self.fc1(z0)))
+        if _is_exporting():
+            return self._plain(t[0]) + self._plain(t[1])
+        if len(t) == 1:
+            lo, hi, ratio = limit_slopes(t[0].view(2, z0.shape[0], 2, -1, 1, 1), self.limits, self.fc2.folded)
             if n1 == n2:
                 return [lo[0], hi[0], ratio[0], lo[1], hi[1], ratio[1]]
             return [lo[0, :, :n1], hi[0, :, :n1], ratio[0, :, :n1], lo[1, :, :n2], hi[1, :, :n2], ratio[1, :, :n2]]
-        h1, h2 = h.chunk(2, 1)
-        (weight1, bias1), (weight2, bias2) = self._second_layers()
-        t1 = F.linear(h1, weight1, bias1)
-        t2 = F.linear(h2, weight2, bias2)
-        if _is_exporting():
-            return self._plain(t1) + self._plain(t2)
-        t = torch.cat([t1.view(-1, 2, n1, 1, 1), t2.view(-1, 2, n2, 1, 1)], dim=2)
-        lo, hi, ratio = limit_slopes(t, self.limits, self.folded)
+        both = torch.cat([t[0].view(-1, 2, n1, 1, 1), t[1].view(-1, 2, n2, 1, 1)], dim=2)
+        lo, hi, ratio = limit_slopes(both, self.limits, self.fc2.folded)
         return [lo[:, :n1], hi[:, :n1], ratio[:, :n1], lo[:, n1:], hi[:, n1:], ratio[:, n1:]]
-
-    def _second_layers(self) -> Tuple[Tuple[torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]:
-        """Weight (2 C, d / 4) and bias (2 C) of the second layer of both MLPs."""
-        n1, n2 = self.chs
-        weight: torch.Tensor = self.fc2.weight
-        bias: torch.Tensor = self.fc2.bias
-        if self.folded:  # without the padding
-            weight, bias = weight.view(2, self.hidden, 2, -1), bias.view(2, 2, -1)
-            return (
-                (weight[0, :, :, :n1].flatten(1).t(), bias[0, :, :n1].flatten()),
-                (weight[1, :, :, :n2].flatten(1).t(), bias[1, :, :n2].flatten()),
-            )
-        return (weight[:2 * n1], bias[:2 * n1]), (weight[2 * n1:], bias[2 * n1:])
 
     def _plain(self, t: torch.Tensor) -> List[torch.Tensor]:
         """What one MLP answers (B, 2 C) in plain operators; the slopes in any order, which a maximum allows."""
         t1, t2 = t.view(t.shape[0], -1, 1, 1).chunk(2, dim=1)
-        if not self.folded:
+        if not self.fc2.folded:
             t1, t2 = t1 / 3 + 1, t2 / 3
         t1, t2 = t1.clamp(0., 2.), t2.clamp(-1., 1.)
         return [t1, t2, t1]
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """Fold ``t / 3 + centre`` into the second layers, and make them one batched product.
-
-        The narrower one is padded to the width of the other.
-        """
-        if not self.folded:
-            n = max(self.chs)
-            centre = self.limits[1].view(2, 1)
-            weight, bias = self.fc2.weight.new_zeros(2, self.hidden, 2, n), self.fc2.bias.new_zeros(2, 1, 2, n)
-            for i, (w, b) in enumerate(self._second_layers()):
-                c = self.chs[i]
-                weight[i, :, :, :c] = w.view(2, c, -1).permute(2, 0, 1) / 3
-                bias[i, 0, :, :c] = b.view(2, c) / 3 + centre
-            self.fc2.weight = nn.Parameter(weight.flatten(2), self.fc2.weight.requires_grad)
-            self.fc2.bias = nn.Parameter(bias.flatten(2), self.fc2.bias.requires_grad)
-            self.folded = True
+        """Fold ``t / 3 + centre`` into the second layers."""
+        if not self.fc2.folded:
+            self.fc2.fold(self.limits[1])
         return self
 
 
@@ -414,6 +436,17 @@ class MobileToFormer(nn.Module):
         return self
 
 
+class ResidualLinear(nn.Module):
+    """A linear layer without its bias and the residual it is added to, in one product; no `nn.Linear` either."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(residual, x, self.weight.t())
+
+
 class Former(nn.Module):
     """Former: attention among the tokens and a feed-forward network, post-norm (Sec. 3.2, "Former sub-block").
 
@@ -424,6 +457,8 @@ class Former(nn.Module):
         num_heads: Number of heads.
         drop_path: Stochastic depth rate of the attention; the feed-forward network has none.
     """
+
+    folded: torch.jit.Final[bool]
 
     def __init__(self, token_dim: int, num_heads: int = 4, drop_path: float = 0., device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
@@ -454,7 +489,7 @@ class Former(nn.Module):
             o = self.drop_path(o.view(B, M, d)).view(-1, d)
         z = self.norm1(z + o)
         o = F.gelu(self.fc1(z))
-        z = torch.addmm(z, o, self.fc2.weight.t()) if self.folded else z + self.fc2(o)
+        z = self.fc2(o, z) if self.folded else z + self.fc2(o)
         return self.norm2(z).view(B, M, d)
 
     @torch.no_grad()
@@ -468,8 +503,8 @@ class Former(nn.Module):
             self.q.bias.mul_(self.scale)
             self.norm1.bias.add_(self.fc2.bias)
             self.fc1.bias.sub_(self.fc1.weight @ self.fc2.bias)
-            self.fc2.register_parameter('bias', None)
-            self.folded = True
+            self.fc2 = ResidualLinear(self.fc2)  # type: ignore[assignment]
+            self.folded = True  # type: ignore[misc]
         return self
 
 
@@ -1035,7 +1070,7 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels  # not divided by groups
         nn.init.normal_(module.weight, std=(2. / fan_out) ** 0.5)
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, (nn.Linear, SlopesLinear)):
         nn.init.normal_(module.weight, std=0.01)
         nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
