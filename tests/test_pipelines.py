@@ -215,3 +215,26 @@ def test_torchao_quantizes_the_linear_layers(fused):
     answers = model(images)
     assert not torch.equal(answers, expected)
     assert (answers - expected).norm() < 0.05 * expected.norm()
+
+
+# Converters for phones
+
+@pytest.mark.parametrize('name', ['test_mobileformer', 'mobileformer_26m'])
+def test_core_ml_takes_the_exported_program(name):
+    coremltools = pytest.importorskip('coremltools', reason='coremltools is not installed')
+    model = reparameterize_model(timm.create_model(name, num_classes=10).eval())
+    program = torch.export.export(model, (torch.randn(1, 3, 64, 64),)).run_decompositions({})
+    package = coremltools.convert(
+        program, minimum_deployment_target=coremltools.target.iOS16, skip_model_load=True)  # which only a Mac can
+    output, = package.get_spec().description.output
+    assert tuple(output.type.multiArrayType.shape) == (1, 10)
+
+
+@pytest.mark.parametrize('name', ['test_mobileformer', 'mobileformer_26m'])
+def test_litert_computes_the_same(name):
+    litert_torch = pytest.importorskip('litert_torch', reason='litert-torch is not installed')
+    torch.manual_seed(0)
+    model = reparameterize_model(timm.create_model(name, num_classes=10).eval())
+    images = torch.randn(1, 3, 64, 64)
+    answers = litert_torch.convert(model, (images,))(images.numpy())
+    torch.testing.assert_close(torch.from_numpy(answers), model(images).detach(), rtol=1e-3, atol=1e-5)

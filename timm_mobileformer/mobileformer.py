@@ -80,11 +80,18 @@ class LinearNorm(nn.Sequential):
         return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
 
 
+def _is_exporting() -> bool:
+    """Whether a graph is being recorded for another runtime, for which plain operators serve better than fused ones."""
+    if not torch.jit.is_scripting():
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return False
+
+
 class ChannelShuffle(nn.ChannelShuffle):
-    """`nn.ChannelShuffle` that can be traced to ONNX, where it has no operator."""
+    """`nn.ChannelShuffle` that other runtimes take, which have no operator for it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_tracing():
+        if _is_exporting():
             B, C, H, W = x.shape
             return x.view(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
         return F.channel_shuffle(x, self.groups)
@@ -95,13 +102,6 @@ def channel_shuffle(groups: int, enabled: bool) -> nn.Module:
     return ChannelShuffle(groups) if enabled else nn.Identity()
 
 
-def _is_exporting() -> bool:
-    """Whether a graph is being recorded for another runtime, for which plain operators serve better than fused ones."""
-    if not torch.jit.is_scripting():
-        return torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return False
-
-
 class ReLU6Function(torch.autograd.Function):
     """ReLU6 that keeps for backward its result, which the next convolution keeps too, instead of its input."""
 
@@ -109,7 +109,7 @@ class ReLU6Function(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return F.relu6(x)
+        return F.hardtanh(x, 0., 6.)
 
     @staticmethod
     def setup_context(ctx, inputs: Tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -129,7 +129,7 @@ def relu6(x: torch.Tensor) -> torch.Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             return ReLU6Function.apply(x)
-    return F.relu6(x, inplace=True)
+    return F.hardtanh(x, 0., 6., inplace=True)
 
 
 class ReLU6(nn.ReLU6):
