@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mobileformer.mobileformer  # noqa: F401  (registers the models)
@@ -541,6 +541,13 @@ def test_gradients_come_for_every_image_alone_by_vmap(monkeypatch, fused_attn):
         model.zero_grad()
         F.cross_entropy(model(x[i:i + 1]), target[i:i + 1]).backward()
         assert_close({n: g[i] for n, g in of_each.items()}, {n: p.grad for n, p in model.named_parameters()})
+
+
+def test_jacobians_come_for_every_image_alone_by_vmap():
+    model, x = tiny(num_classes=2), images(32, 32)  # as many classes as images: shapes do not tell them apart
+    of_both = jacrev(model)(x)
+    of_each = vmap(jacrev(lambda image: model(image[None])[0]))(x)
+    assert_close(of_each, torch.stack([of_both[i, :, i] for i in range(2)]))
 
 
 def test_forward_mode_and_second_derivatives_are_right_without_fused_attention(monkeypatch):

@@ -160,10 +160,10 @@ class DynamicReLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x, lo, hi = ctx.saved_tensors
-        grad_x, grad_lo = torch.ops.aten._prelu_kernel_backward(grad, x, lo / hi)
-        grad_lo = grad_lo.sum((2, 3), keepdim=True)  # of the positions where x <= 0
-        grad_hi = (grad * x).sum((2, 3), keepdim=True) - grad_lo
-        return grad_x.mul_(hi), grad_lo, grad_hi, None
+        grad_positive = torch.ops.aten.threshold_backward(grad, x, 0)  # of the positions where x > 0
+        grad_hi = (grad_positive * x).sum((2, 3), keepdim=True)
+        grad_lo = (grad * x).sum((2, 3), keepdim=True) - grad_hi
+        return torch.addcmul(grad * lo, grad_positive, hi - lo), grad_lo, grad_hi, None
 
     @staticmethod
     def jvp(ctx, dx: torch.Tensor, dlo: torch.Tensor, dhi: torch.Tensor, _: None) -> torch.Tensor:
