@@ -261,7 +261,6 @@ class SlopesLinear(nn.Module):
             )
         return (weight[:2 * n1], bias[:2 * n1]), (weight[2 * n1:], bias[2 * n1:])
 
-    @torch.jit.ignore
     def fold(self, centre: torch.Tensor) -> None:
         """Fold ``t / 3 + centre`` in, and pad the narrower layer to the width of the other for one batched product."""
         n = max(self.chs)
