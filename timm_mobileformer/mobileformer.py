@@ -1152,9 +1152,9 @@ def _convert_authors(
             out[key] = state_dict[names[0]]
             continue
         rows = [len(target[key]) // 2] * 2
-        owner = model.get_submodule(module.rpartition('.')[0])
-        if isinstance(owner, DynamicReLU) and module.endswith('.fc2'):
-            rows = [2 * n for n in owner.chs]
+        layer = model.get_submodule(module)
+        if isinstance(layer, SlopesLinear):
+            rows = [2 * n for n in layer.chs]
         found = {n: (tuple(state_dict[n].shape), (r, *target[key].shape[1:])) for n, r in zip(names, rows, strict=True)}
         misshaped.update(f'{n} {shape} instead of {right}' for n, (shape, right) in found.items() if shape != right)
         out[key] = torch.cat([state_dict[n] for n in names]) if not misshaped else target[key]
