@@ -17,6 +17,7 @@ from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mobileformer.mobileformer  # noqa: F401  (registers the models)
@@ -591,6 +592,21 @@ def test_pruned_weights_train_and_stay_away():
         prune.remove(module, name)
     weights = torch.cat([m.weight.flatten() for m, _ in pruned])
     assert (weights == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize('rewrite', [
+    lambda module: prune.l1_unstructured(module, 'weight', 0.5),
+    weight_norm,
+], ids=['masked', 'parametrized'])
+@pytest.mark.parametrize('name', [
+    'stem.conv', 'head_hidden.linear', 'mobile_to_former.q_gate', 'stages.1.0.former.q', 'stages.1.0.former.fc1',
+    'stages.1.0.former.fc2', 'stages.1.0.former_to_mobile.kv'])
+@torch.no_grad()  # a masked weight that has a history cannot be copied
+def test_a_rewritten_layer_is_not_folded_into(name, rewrite):
+    model = tiny()
+    rewrite(model.get_submodule(name))
+    with pytest.raises(TypeError, match='before reparameterize_model, remove pruning masks and parametrizations'):
+        reparameterize_model(model)
 
 
 # Memory formats, dtypes, devices, copies

@@ -41,6 +41,19 @@ from .pretrained import explain_missing_weights
 __all__ = ['DynamicReLU', 'MobileFormer', 'checkpoint_filter_fn']
 
 
+def check_foldable(*layers: nn.Module) -> None:
+    """Refuse layers whose weights are kept elsewhere, which would not follow what is folded into them.
+
+    Raises:
+        TypeError: A weight is masked, parametrized or quantized, or has an adapter.
+    """
+    for layer in layers:
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or not isinstance(layer.weight, nn.Parameter):
+            raise TypeError(
+                f'nothing can be folded into a {type(layer).__name__} whose weight is not its own parameter: before '
+                'reparameterize_model, remove pruning masks and parametrizations and merge adapters; quantize after it')
+
+
 class ConvNorm(nn.Sequential):
     """A convolution without bias and its BatchNorm; 'same' padding for odd kernels."""
 
@@ -63,6 +76,7 @@ class ConvNorm(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
+        check_foldable(self.conv)
         return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
 
 
@@ -77,6 +91,7 @@ class LinearNorm(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> nn.Linear:
+        check_foldable(self.linear)
         return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
 
 
@@ -428,6 +443,7 @@ class MobileToFormer(nn.Module):
     def fuse(self) -> nn.Module:
         """Fold the attention scale and the hard sigmoid's affine part into the linear layer."""
         if not self.folded:
+            check_foldable(self.q_gate)
             for t, shift in (self.q_gate.weight, 0.), (self.q_gate.bias, 1.):
                 t[:self.dim].mul_(self.scale)
                 t[self.dim:].div_(3).add_(shift)
@@ -498,6 +514,7 @@ class Former(nn.Module):
         ``fc2(h)`` and its residual are one product then; `fc1` takes off again what it must not see.
         """
         if not self.folded:
+            check_foldable(self.q, self.fc1, self.fc2)
             self.q.weight.mul_(self.scale)
             self.q.bias.mul_(self.scale)
             self.norm1.bias.add_(self.fc2.bias)
@@ -590,6 +607,7 @@ class FormerToMobile(nn.Module):
     def fuse(self) -> nn.Module:
         """Fold the attention scale into the linear layer."""
         if not self.folded:
+            check_foldable(self.kv)
             self.kv.weight[:self.dim].mul_(self.scale)
             self.kv.bias[:self.dim].mul_(self.scale)
             self.folded = True
