@@ -51,18 +51,16 @@ def list_models() -> None:
     """Print a line for every model."""
     import timm
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
+    from .benchmark import count_macs
     from .pretrained import PAPER_TOP1
 
     print(f"{'model':<18} {'parameters':>10} {'MACs':>8} {'top-1':>6}  weights")
     for name in sorted(timm.list_models('*mobileformer*'), key=lambda n: PAPER_TOP1.get(n, 0)):
-        model = timm.create_model(name, device='meta').eval()
+        model = timm.create_model(name, device='meta')
         cfg: Any = model.pretrained_cfg
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *cfg['input_size'], device='meta'))
         params = sum(p.numel() for p in model.parameters())
-        macs = f'{counter.get_total_flops() / 2e6:.1f} M'
+        macs = f"{count_macs(model, torch.empty(1, *cfg['input_size'], device='meta')) / 1e6:.1f} M"
         weights = f"hf-hub:{cfg['hf_hub_id']}" if cfg.get('hf_hub_id') else 'none'
         print(f"{name:<18} {params:>10,} {macs:>8} {PAPER_TOP1.get(name, '-'):>6}  {weights}")
     recipes = ', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))
