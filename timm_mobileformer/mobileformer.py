@@ -535,7 +535,7 @@ def spread_global(
 
     Args:
         x: Map (B, C, H, W), read in place whatever its memory format.
-        k: Scaled keys (B, M, C) or (B * M, C).
+        k: Scaled keys (B * M, C).
         v: Values (B, M, C) or (B * M, C).
         num_heads: Number of heads, h.
     """
@@ -939,7 +939,7 @@ class MobileFormer(nn.Module):
     @staticmethod
     def _create_pool(global_pool: str) -> SelectAdaptivePool2d:
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        assert pool.feat_mult() == 1, f"global_pool='{global_pool}' changes the pooled width, which is not supported"
+        assert pool.feat_mult() == 1, f"global_pool='{global_pool}' changes the pooled width; take avg, max or avgmax"
         return pool
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
