@@ -306,7 +306,6 @@ class DynamicReLU(nn.Module):
     def __init__(self, token_dim: int, chs: Tuple[int, int], device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.chs = chs
         self.fc1 = nn.Linear(token_dim, 2 * (token_dim // 4), **dd)
         self.fc2 = SlopesLinear(token_dim // 4, chs, **dd)
         self.register_buffer('limits', torch.empty(3, 2, **dd), persistent=False)
@@ -334,7 +333,7 @@ class DynamicReLU(nn.Module):
             Smaller slope, larger slope and their ratio for the first, then for the second dynamic ReLU, each
             (B, C, 1, 1).
         """
-        n1, n2 = self.chs
+        n1, n2 = self.fc2.chs
         t = self.fc2(F.relu(self.fc1(z0)))
         if _is_exporting():
             return self._plain(t[0]) + self._plain(t[1])
