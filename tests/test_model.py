@@ -244,6 +244,16 @@ def test_out_indices_choose_maps():
         assert_close(model.eval()(images()), [maps[i] for i in out_indices])
 
 
+@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
+def test_other_ways_to_features_find_the_same_maps(feature_cls):
+    maps = []
+    for kwargs in {}, dict(feature_cls=feature_cls):
+        torch.manual_seed(0)
+        maps.append(timm.create_model(TINY, features_only=True, **kwargs).eval()(images()))
+    assert len(maps[0]) == 5
+    assert_close(maps[1], maps[0])
+
+
 def test_features_only_trains_with_gradient_checkpointing():
     grads = []
     for enable in False, True:

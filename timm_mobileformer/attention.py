@@ -83,17 +83,17 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
             maps[-1] = maps[-1]._replace(former_to_mobile=attn)
 
     modes = [(m, m.training) for m in model.modules()]
-    checkpointing = net.grad_checkpointing
+    checkpointing = any(stage.grad_checkpointing for stage in net.stages)
     with ExitStack() as hooks:
         for module in net.modules():
             if isinstance(module, (MobileToFormer, FormerToMobile)):
                 hooks.enter_context(module.register_forward_pre_hook(record))
         try:
             model.eval()
-            net.grad_checkpointing = False  # which would run the blocks again in backward, without the hooks
+            net.set_grad_checkpointing(False)  # which would run the blocks again in backward, without the hooks
             yield maps
         finally:
-            net.grad_checkpointing = checkpointing
+            net.set_grad_checkpointing(checkpointing)
             for module, mode in modes:
                 module.training = mode
 

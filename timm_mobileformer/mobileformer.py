@@ -812,6 +812,23 @@ class MobileFormerBlock(nn.Module):
         return x, z
 
 
+class Stage(nn.ModuleList):
+    """The blocks of one resolution."""
+
+    def __init__(self, blocks: List[nn.Module]):
+        super().__init__(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map and tokens (B, M, d) to the next map and tokens."""
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, z = checkpoint(block, x, z)
+            else:
+                x, z = block(x, z)
+        return x, z
+
+
 class MobileFormer(nn.Module):
     """Mobile-Former.
 
@@ -855,7 +872,6 @@ class MobileFormer(nn.Module):
         self.in_chans = in_chans
         self.token_dim = token_dim
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
 
         # Tokens and stem
         self.tokens: Optional[nn.Parameter] = nn.Parameter(torch.empty(num_tokens, token_dim, **dd))
@@ -884,7 +900,7 @@ class MobileFormer(nn.Module):
                     blocks.append(MobileFormerBlock(
                         chs, out_chs, expand, token_dim, stride, (dilation, next_dilation), **kwargs))
                 chs, dilation, index = out_chs, next_dilation, index + 1
-            modules.append(nn.ModuleList(blocks))
+            modules.append(Stage(blocks))
             feature_info.append(dict(
                 num_chs=chs, reduction=reduction, module=f'stages.{len(modules) - 1}'))
         self.feature_info = feature_info
@@ -929,7 +945,8 @@ class MobileFormer(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -988,11 +1005,7 @@ class MobileFormer(nn.Module):
             prefix_tokens.append(z)
         for i, stage in enumerate(self.stages):
             if i <= last:
-                for block in stage:  # type: ignore[attr-defined]
-                    if self.grad_checkpointing and not torch.jit.is_scripting():
-                        x, z = checkpoint(block, x, z)
-                    else:
-                        x, z = block(x, z)
+                x, z = stage(x, z)
                 if i + first in take_indices:
                     intermediates.append(x)
                     prefix_tokens.append(z)
@@ -1048,11 +1061,7 @@ class MobileFormer(nn.Module):
         """Images (B, in_chans, H, W) to features (B, 6 C + d, H / 32, W / 32): final map, then the first token."""
         x, z = self.forward_stem(x)
         for stage in self.stages:
-            for block in stage:  # type: ignore[attr-defined]
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, z = checkpoint(block, x, z)
-                else:
-                    x, z = block(x, z)
+            x, z = stage(x, z)
         return self.forward_final(x, z)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
