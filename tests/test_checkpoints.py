@@ -162,6 +162,19 @@ def test_a_misshaped_tensor_is_named_where_ours_merges_it_with_another(shapes):
     refuse(tensors, 'misshaped', 'features.1.local_global.q.weight')
 
 
+@pytest.mark.parametrize('lenient', [dict(features_only=True), dict(pretrained_strict=False)])
+def test_a_backbone_without_head_loads_where_timm_asks_for_no_more(lenient, caplog):
+    backbone = {k: v for k, v in author_state_dict(SMALL).items() if not k.startswith('classifier.')}
+    overlay = dict(state_dict={**backbone, 'decoder.weight': torch.zeros(1)})
+    model = timm.create_model(f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=overlay, **lenient)
+    assert 'missing: classifier.' in caplog.text and 'surplus: decoder.weight' in caplog.text
+    tokens = getattr(model, 'model', model).tokens
+    torch.testing.assert_close(tokens.double(), backbone['tokens.weight'].double(), rtol=1e-6, atol=1e-6)
+    overlay['state_dict']['features.0.conv.0.weight'] = torch.zeros(24, 1, 5, 5)
+    with pytest.raises(RuntimeError, match='misshaped'):
+        timm.create_model(f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=overlay, **lenient)
+
+
 @pytest.mark.parametrize('other', [v for v in VARIANTS if v != SMALL])
 def test_the_checkpoint_of_another_variant_is_refused(other):
     refuse(author_state_dict(other), 'misshaped')

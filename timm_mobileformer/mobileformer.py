@@ -17,7 +17,9 @@ Two streams run side by side: a local feature map ``x: (B, C, H, W)`` and a few 
 block takes both through the paper's four parts, in this order (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
 Where the paper and the authors' program differ, the program decides, so that their checkpoints load.
 """
+import logging
 import os
+from functools import partial
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -39,6 +41,8 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 from .pretrained import explain_missing_weights
 
 __all__ = ['DynamicReLU', 'MobileFormer', 'checkpoint_filter_fn']
+
+_logger = logging.getLogger(__name__)
 
 
 def check_foldable(*layers: nn.Module) -> None:
@@ -1193,7 +1197,11 @@ def _name_some(names: Any, limit: int = 10) -> str:
     return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: Dict[str, Any],
+        model: nn.Module,
+        strict: bool = True,
+) -> Dict[str, torch.Tensor]:
     """Bring a checkpoint, the authors' or ours, into our layout, and refuse one that does not fit the model.
 
     Only the classifier and the channels of the images may differ, timm adapts those.
@@ -1201,6 +1209,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Args:
         state_dict: Tensors by name, or a training checkpoint that holds them.
         model: The model to load.
+        strict: Refuse missing and surplus tensors too; a warning names them otherwise.
 
     Raises:
         RuntimeError: Tensors are missing, surplus or of the wrong shape; the error names them.
@@ -1225,12 +1234,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
             if k in target and v.shape != target[k].shape
         },
     }
-    found = [
-        f'{kind}: {_name_some(names)}' for kind, all_names in problems.items()
+    found = {
+        kind: f'{kind}: {_name_some(names)}' for kind, all_names in problems.items()
         if (names := {n for n in all_names if not n.startswith(adaptable)})
-    ]
+    }
+    message = f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(found.values())
+    if strict and found or 'misshaped' in found:
+        raise RuntimeError(message)
     if found:
-        raise RuntimeError(f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(found))
+        _logger.warning(message)
     return state_dict
 
 
@@ -1260,12 +1272,13 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    strict = kwargs.get('pretrained_strict', not kwargs.get('features_only', False))  # as timm has it
     with explain_missing_weights(variant, kwargs):
         return build_model_with_cfg(
             MobileFormer,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=partial(checkpoint_filter_fn, strict=strict),
             feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
             **kwargs,
         )
