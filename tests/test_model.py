@@ -422,6 +422,7 @@ def test_reparameterize_folds_every_norm_and_leaves_the_model_as_it_was():
     assert_close(fused(images()), model(images()), rtol=2e-5, atol=2e-5)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+    assert all(p.requires_grad for p in fused.parameters())
     frozen = reparameterize_model(model.requires_grad_(False))
     assert not any(p.requires_grad for p in frozen.parameters())
 

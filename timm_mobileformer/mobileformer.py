@@ -81,7 +81,10 @@ class ConvNorm(nn.Sequential):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         check_foldable(self.conv)
-        return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        for parameter in conv.parameters():  # PyTorch's function leaves the new bias frozen
+            parameter.requires_grad_(self.conv.weight.requires_grad)
+        return conv
 
 
 class LinearNorm(nn.Sequential):
