@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
+from timm.layers import freeze_batch_norm_2d
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import reparameterize_model
@@ -662,6 +663,30 @@ def test_autocast_runs_forward_and_backward(dtype):
         loss = F.cross_entropy(model(images(batch=4)), torch.arange(4))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_takes_frozen_norms_which_leave_maps_in_float32(dtype):
+    model = freeze_batch_norm_2d(tiny(num_classes=5))
+    expected = model(images(batch=4))
+    with torch.autocast('cpu', dtype):
+        out = model(images(batch=4))
+    assert (out - expected).abs().mean() / expected.abs().mean() < 0.1
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_weights_can_be_assigned_to_a_meta_model():
+    model = timm.create_model(TINY, device='meta').eval()
+    model.load_state_dict(tiny().state_dict(), assign=True)
+    assert_close(model(images()), tiny()(images()))
+
+
+def test_a_model_made_in_inference_mode_can_be_moved_outside():
+    with torch.inference_mode():
+        model = tiny()
+    with torch.no_grad():
+        assert_close(model.to('cpu')(images()), tiny()(images()))
 
 
 def test_shapes_can_be_asked_of_a_meta_model():

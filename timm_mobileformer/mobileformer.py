@@ -204,8 +204,8 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
         ratio: ``lo / hi``.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
-        # float16 cannot hold the ratio where hi is close to 0
-        if x.dtype != torch.float16 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        # float16 cannot hold the ratio where hi is close to 0; under autocast, a frozen norm leaves the map in float32
+        if x.dtype == lo.dtype != torch.float16 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             if torch.is_grad_enabled():
                 return DynamicReLUFunction.apply(x, lo, hi, ratio)
             return torch._prelu_kernel(x, ratio).mul_(hi)
