@@ -129,8 +129,8 @@ def test_derivatives_of_dynamic_relu_are_right_to_second_order():
     torch.manual_seed(0)
     slopes = DynamicReLU(8, (6, 6), dtype=torch.float64)
     torch.nn.init.normal_(slopes.fc1.weight)
-    torch.nn.init.normal_(slopes.fc2.weight, std=4.)
-    torch.nn.init.normal_(slopes.fc2.bias, std=4.)
+    torch.nn.init.normal_(slopes.theta.weight, std=4.)
+    torch.nn.init.normal_(slopes.theta.bias, std=4.)
     z0 = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 6, 2, 1, dtype=torch.float64, requires_grad=True)
 

@@ -296,6 +296,12 @@ class SlopesLinear(nn.Module):
         self.folded = True
 
 
+def _limits_follow_weights(module: Any, incompatible_keys: Any) -> None:
+    """Leave the meta device with the weights, after `load_state_dict(assign=True)`."""
+    if module.limits.device != module.theta.weight.device:
+        module.init_non_persistent_buffers()
+
+
 class DynamicReLU(nn.Module):
     """The slopes of the two dynamic ReLUs of Mobile, driven by the first token (Sec. 3.2, "Mobile sub-block").
 
@@ -314,16 +320,18 @@ class DynamicReLU(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Linear(token_dim, 2 * (token_dim // 4), **dd)
-        self.fc2 = SlopesLinear(token_dim // 4, chs, **dd)
+        self.theta = SlopesLinear(token_dim // 4, chs, **dd)
         self.register_buffer('limits', torch.empty(3, 2, **dd), persistent=False)
         self.init_non_persistent_buffers()
+        self.register_load_state_dict_post_hook(_limits_follow_weights)
 
     def init_non_persistent_buffers(self) -> None:
         """Set the lower limit, centre and upper limit of both slopes; a name that transformers calls.
 
         The lower limit of the first is 0 in the paper; a number that nothing can feel keeps ``lo / hi`` finite.
         """
-        self.limits.copy_(torch.tensor([[1e-18, -1.], [1., 0.], [2., 1.]]))
+        limits = [[1e-18, -1.], [1., 0.], [2., 1.]]
+        self.limits = torch.tensor(limits, dtype=self.limits.dtype, device=self.theta.weight.device)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -340,23 +348,23 @@ class DynamicReLU(nn.Module):
             Smaller slope, larger slope and their ratio for the first, then for the second dynamic ReLU, each
             (B, C, 1, 1).
         """
-        n1, n2 = self.fc2.chs
-        t = self.fc2(F.relu(self.fc1(z0)))
+        n1, n2 = self.theta.chs
+        t = self.theta(F.relu(self.fc1(z0)))
         if _is_exporting():
             return self._plain(t[0]) + self._plain(t[1])
         if len(t) == 1:
-            lo, hi, ratio = limit_slopes(t[0].view(2, z0.shape[0], 2, -1, 1, 1), self.limits, self.fc2.folded)
+            lo, hi, ratio = limit_slopes(t[0].view(2, z0.shape[0], 2, -1, 1, 1), self.limits, self.theta.folded)
             if n1 == n2:
                 return [lo[0], hi[0], ratio[0], lo[1], hi[1], ratio[1]]
             return [lo[0, :, :n1], hi[0, :, :n1], ratio[0, :, :n1], lo[1, :, :n2], hi[1, :, :n2], ratio[1, :, :n2]]
         both = torch.cat([t[0].view(-1, 2, n1, 1, 1), t[1].view(-1, 2, n2, 1, 1)], dim=2)
-        lo, hi, ratio = limit_slopes(both, self.limits, self.fc2.folded)
+        lo, hi, ratio = limit_slopes(both, self.limits, self.theta.folded)
         return [lo[:, :n1], hi[:, :n1], ratio[:, :n1], lo[:, n1:], hi[:, n1:], ratio[:, n1:]]
 
     def _plain(self, t: torch.Tensor) -> List[torch.Tensor]:
         """What one MLP answers (B, 2 C) in plain operators; the slopes in any order, which a maximum allows."""
         t1, t2 = t.view(t.shape[0], -1, 1, 1).chunk(2, dim=1)
-        if not self.fc2.folded:
+        if not self.theta.folded:
             t1, t2 = t1 / 3 + 1, t2 / 3
         t1, t2 = t1.clamp(0., 2.), t2.clamp(-1., 1.)
         return [t1, t2, t1]
@@ -364,8 +372,8 @@ class DynamicReLU(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """Fold ``t / 3 + centre`` into the second layers."""
-        if not self.fc2.folded:
-            self.fc2.fold(self.limits[1])
+        if not self.theta.folded:
+            self.theta.fold(self.limits[1])
         return self
 
 
@@ -1146,8 +1154,8 @@ _AUTHORS_BLOCK: Dict[str, Tuple[str, ...]] = {
     'former_to_mobile.kv': ('global_local.k', 'global_local.proj'),
 }
 _AUTHORS_SLOPES = {
-    Mobile: {f'mobile.slopes.fc{i + 1}': (f'hyper1.hyper.{2 * i}', f'hyper2.hyper.{2 * i}') for i in (0, 1)},
-    MobileDown: {f'mobile.slopes.fc{i + 1}': (f'hyper1.hyper.{2 * i}', f'hyper3.hyper.{2 * i}') for i in (0, 1)},
+    Mobile: {'fc1': ('hyper1.hyper.0', 'hyper2.hyper.0'), 'theta': ('hyper1.hyper.2', 'hyper2.hyper.2')},
+    MobileDown: {'fc1': ('hyper1.hyper.0', 'hyper3.hyper.0'), 'theta': ('hyper1.hyper.2', 'hyper3.hyper.2')},
 }
 
 
@@ -1158,7 +1166,8 @@ def _authors_modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
     for i, (name, block) in enumerate(blocks):
         table = _AUTHORS_LITE
         if isinstance(block, MobileFormerBlock):
-            table = {**_AUTHORS_BLOCK, **_AUTHORS_SLOPES[type(block.mobile)]}
+            slopes = {f'mobile.slopes.{ours}': t for ours, t in _AUTHORS_SLOPES[type(block.mobile)].items()}
+            table = {**_AUTHORS_BLOCK, **slopes}
         out.update({f'{name}.{ours}': tuple(f'features.{i}.{t}' for t in theirs) for ours, theirs in table.items()})
     return out
 
