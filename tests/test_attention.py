@@ -18,7 +18,7 @@ from timm.utils import CheckpointSaver, reparameterize_model
 import timm_mobileformer
 from timm_mobileformer import attention, attention_maps
 from timm_mobileformer.attention import BridgeAttention
-from timm_mobileformer.mobileformer import FormerToMobile, MobileToFormer
+from timm_mobileformer.mobileformer import FormerToMobile, MobileToFormer, SlopesLinear
 
 BLOCKS = ['stages.1.0', 'stages.1.1', 'stages.2.0', 'stages.3.0', 'stages.3.1', 'stages.4.0', 'stages.4.1']
 
@@ -29,7 +29,7 @@ def make_model(name='test_mobileformer', **kwargs):
     model = timm.create_model(name, **kwargs)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, (torch.nn.Linear, SlopesLinear)):
                 module.weight.normal_(std=2 * module.in_features ** -0.5)
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)
@@ -90,7 +90,7 @@ def test_attention_sums_to_1_over_positions_and_over_tokens():
     for m in maps:
         total = m.mobile_to_former.sum((3, 4))
         torch.testing.assert_close(total, torch.ones_like(total))
-        assert m.mobile_to_former.amax() > 1.3 / m.mobile_to_former[0, 0, 0].numel()  # not just even
+        assert m.mobile_to_former.amax() > 1.5 / m.mobile_to_former[0, 0, 0].numel()  # not just even
         if m.former_to_mobile is not None:
             total = m.former_to_mobile.sum(2)
             torch.testing.assert_close(total, torch.ones_like(total))
@@ -138,6 +138,7 @@ def test_autocast_has_the_maps_that_its_forward_pass_used():
 def test_gradients_flow_through_the_maps_as_the_caller_likes(checkpointing):
     model, images = make_model().double(), make_images(1, 3, 32, 32).double().requires_grad_()
     model.set_grad_checkpointing(checkpointing)
+    model.stages[1].grad_checkpointing = True
 
     def entropy():
         return sum(torch.special.entr(a).sum() for m in attention_maps(model, images) for a in m[1:] if a is not None)
@@ -152,7 +153,7 @@ def test_gradients_flow_through_the_maps_as_the_caller_likes(checkpointing):
         images -= 2 * step
         slope = (up - entropy()) / 2e-5
     torch.testing.assert_close(grad[0, 1, 9, 20], slope, rtol=1e-4, atol=1e-6)
-    assert {stage.grad_checkpointing for stage in model.stages} == {checkpointing}
+    assert [stage.grad_checkpointing for stage in model.stages] == [checkpointing, True, *3 * [checkpointing]]
 
 
 # The model afterwards

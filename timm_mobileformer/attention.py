@@ -83,7 +83,7 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
             maps[-1] = maps[-1]._replace(former_to_mobile=attn)
 
     modes = [(m, m.training) for m in model.modules()]
-    checkpointing = any(stage.grad_checkpointing for stage in net.stages)
+    checkpointing = [(stage, stage.grad_checkpointing) for stage in net.stages]
     with ExitStack() as hooks:
         for module in net.modules():
             if isinstance(module, (MobileToFormer, FormerToMobile)):
@@ -93,7 +93,8 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
             net.set_grad_checkpointing(False)  # which would run the blocks again in backward, without the hooks
             yield maps
         finally:
-            net.set_grad_checkpointing(checkpointing)
+            for stage, enabled in checkpointing:
+                stage.grad_checkpointing = enabled
             for module, mode in modes:
                 module.training = mode
 
