@@ -537,12 +537,10 @@ def test_an_ensemble_runs_as_one_by_vmap(model):
         assert_close(answers, torch.stack([m(x) for m in models]))
 
 
-@pytest.mark.parametrize('fused_attn', [False, True])
+@pytest.mark.parametrize('fused_attn', [0, 1])
 def test_gradients_come_for_every_image_alone_by_vmap(monkeypatch, fused_attn):
+    monkeypatch.setattr('timm.layers.config._USE_FUSED_ATTN', fused_attn)
     model = tiny(num_classes=5)
-    for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            monkeypatch.setattr(module, 'fused_attn', fused_attn)
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def loss(params: Any, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -564,10 +562,8 @@ def test_jacobians_come_for_every_image_alone_by_vmap():
 
 
 def test_forward_mode_and_second_derivatives_are_right_without_fused_attention(monkeypatch):
+    monkeypatch.setattr('timm.layers.config._USE_FUSED_ATTN', 0)  # PyTorch has these derivatives of no fused kernel
     model = tiny(num_classes=5).double()
-    for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            monkeypatch.setattr(module, 'fused_attn', False)  # PyTorch has these derivatives of no fused kernel
     x, direction = images(32, 32).double(), images(32, 32, seed=1).double()
     step = 1e-6 * direction
 

@@ -208,7 +208,7 @@ def dynamic_relu(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, ratio: tor
         if x.dtype == lo.dtype != torch.float16 and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             if torch.is_grad_enabled():
                 return DynamicReLUFunction.apply(x, lo, hi, ratio)
-            return torch._prelu_kernel(x, ratio).mul_(hi)
+            return DynamicReLUFunction.forward(x, lo, hi, ratio)
     return torch.maximum(lo * x, hi * x)
 
 
@@ -1154,8 +1154,14 @@ _AUTHORS_BLOCK: Dict[str, Tuple[str, ...]] = {
     'former_to_mobile.kv': ('global_local.k', 'global_local.proj'),
 }
 _AUTHORS_SLOPES = {
-    Mobile: {'fc1': ('hyper1.hyper.0', 'hyper2.hyper.0'), 'theta': ('hyper1.hyper.2', 'hyper2.hyper.2')},
-    MobileDown: {'fc1': ('hyper1.hyper.0', 'hyper3.hyper.0'), 'theta': ('hyper1.hyper.2', 'hyper3.hyper.2')},
+    Mobile: {
+        'mobile.slopes.fc1': ('hyper1.hyper.0', 'hyper2.hyper.0'),
+        'mobile.slopes.theta': ('hyper1.hyper.2', 'hyper2.hyper.2'),
+    },
+    MobileDown: {
+        'mobile.slopes.fc1': ('hyper1.hyper.0', 'hyper3.hyper.0'),
+        'mobile.slopes.theta': ('hyper1.hyper.2', 'hyper3.hyper.2'),
+    },
 }
 
 
@@ -1166,8 +1172,7 @@ def _authors_modules(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
     for i, (name, block) in enumerate(blocks):
         table = _AUTHORS_LITE
         if isinstance(block, MobileFormerBlock):
-            slopes = {f'mobile.slopes.{ours}': t for ours, t in _AUTHORS_SLOPES[type(block.mobile)].items()}
-            table = {**_AUTHORS_BLOCK, **slopes}
+            table = {**_AUTHORS_BLOCK, **_AUTHORS_SLOPES[type(block.mobile)]}
         out.update({f'{name}.{ours}': tuple(f'features.{i}.{t}' for t in theirs) for ours, theirs in table.items()})
     return out
 
