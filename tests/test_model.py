@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_mobileformer.mobileformer  # noqa: F401  (registers the models)
+from timm_mobileformer.mobileformer import SlopesLinear  # registers the models too
 
 TINY = 'test_mobileformer'
 TABLE = {  # exact parameters; millions of multiply-adds of convolutions and matrix products at 224 x 224
@@ -395,7 +395,7 @@ def test_initialisation_is_the_authors(create):
         if isinstance(m, nn.Conv2d):
             fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels  # not divided by the groups
             assert_normal(m.weight, math.sqrt(2 / fan_out), name)
-        elif isinstance(m, nn.Linear):
+        elif isinstance(m, (nn.Linear, SlopesLinear)):
             assert_normal(m.weight, 0.01, name)
             assert not m.bias.any(), name
         elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
