@@ -540,13 +540,13 @@ def test_an_ensemble_runs_as_one_by_vmap(model):
 @pytest.mark.parametrize('fused_attn', [0, 1])
 def test_gradients_come_for_every_image_alone_by_vmap(monkeypatch, fused_attn):
     monkeypatch.setattr('timm.layers.config._USE_FUSED_ATTN', fused_attn)
-    model = tiny(num_classes=5)
+    model = tiny(num_classes=5).double()
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def loss(params: Any, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(functional_call(model, (params, buffers), (image[None],)), target[None])
 
-    x, target = images(), torch.arange(2)
+    x, target = images().double(), torch.arange(2)
     of_each = vmap(grad(loss), (None, 0, 0))(params, x, target)
     for i in range(2):
         model.zero_grad()

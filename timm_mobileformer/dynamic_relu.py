@@ -1,6 +1,6 @@
 """Dynamic ReLU, the activation of Mobile-Former.
 
-Paper: `Dynamic ReLU` - https://arxiv.org/abs/2003.10027, with two slopes a channel and no intercepts: ``max(a x, b x)``.
+Paper: `Dynamic ReLU` - https://arxiv.org/abs/2003.10027, here with two slopes and no intercepts: ``max(a x, b x)``.
 """
 from typing import Tuple
 

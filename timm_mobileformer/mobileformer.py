@@ -607,7 +607,7 @@ class MobileFormer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Give the model a new classifier, and another global pooling if one is named."""
         p = next(self.parameters())
-        dd = {'device': p.device, 'dtype': p.dtype}
+        dd: Any = {'device': p.device, 'dtype': p.dtype}
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = self._create_pool(global_pool).train(self.training)
@@ -742,7 +742,7 @@ class MobileFormerFeatures(FeatureGetterNet):
     """What `features_only` returns; its result is always a list, so that what contains it can be scripted too."""
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-        maps = self.model.forward_intermediates(
+        maps = self.model.forward_intermediates(  # type: ignore[operator]
             x, indices=self.out_indices, norm=self.norm, output_fmt=self.output_fmt, intermediates_only=True)
         if torch.jit.is_scripting():
             assert torch.jit.isinstance(maps, List[torch.Tensor])
