@@ -142,7 +142,7 @@ def distribute(x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
         return torch.baddbmm(q, attn.transpose(1, 2), v).view(B, H, W, C).permute(0, 3, 1, 2)
     else:
         attn = (k @ q).softmax(dim=2)
-    return x + (v.transpose(2, 3) @ attn).view(B, C, H, W)
+    return (v.transpose(2, 3) @ attn).view(B, C, H, W).add_(x)
 
 
 class MobileToFormer(nn.Module):
