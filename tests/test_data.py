@@ -221,6 +221,7 @@ def test_what_is_passed_over_is_said(tmp_path, add, remark):
     (('train/1.png', 'test/2.png'), 'no folder train with a folder for every class'),
     (('val/a/1.png', 'test/a/2.png'), 'no folder train with a folder for every class'),
     (('cat/1.png', 'cat/2.png'), 'one class only (cat)'),
+    (('pets/train/cat/1.png', 'pets/train/dog/2.png'), 'one class only (pets); at least two are needed; are they in'),
     (('train/a/1.png', 'train/b/2.png', 'test/unknown/3.png'), 'share no class'),
     (('a/1.png', 'b/2.png'), 'one picture of every class'),
 ])
@@ -242,9 +243,10 @@ def test_classes_may_be_called_like_splits(tmp_path):
     ('a.png', lambda path: (path.unlink(), path.symlink_to('nowhere'))),
     ('a.png', lambda path: (path.unlink(), path.symlink_to(path))),
     ('a.png', lambda path: (path.unlink(), os.mkfifo(path))),
+    ('a.png', lambda path: Image.new('L', (1001, 1)).save(path)),
 ])
-def test_a_picture_that_cannot_be_read_is_named(tmp_path, name, spoil):
+def test_a_picture_that_cannot_be_used_is_named(tmp_path, name, spoil):
     draw(tmp_path, name, 'b.png')
     spoil(tmp_path / name)
-    with pytest.raises(InputError, match=re.escape(f'1 of 2 images cannot be read: {tmp_path / name} (')):
+    with pytest.raises(InputError, match=re.escape(f'1 of 2 images cannot be used: {tmp_path / name} (')):
         check_images([str(tmp_path / name), str(tmp_path / 'b.png')], 2)

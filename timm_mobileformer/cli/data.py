@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from .terminal import InputError, progress, some
+from .terminal import InputError, progress, quote, some
 
 __all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image']
 
@@ -90,6 +90,8 @@ def problem(path: str) -> Optional[str]:
         if not os.path.isfile(path) and os.path.exists(path):
             return f'{path} (not a file)'  # waiting for a pipe would take forever
         with Image.open(path) as image:
+            if max(image.size) > 1000 * min(image.size):
+                return f'{path} ({image.width} × {image.height} pixels)'  # to a square, it would fill the memory
             image.draft('RGB', (1, 1))  # a JPEG at an eighth of its size, the fastest
             to_rgb(image)
     except Exception as e:  # Pillow's decoders raise many kinds
@@ -102,13 +104,13 @@ def check_images(paths: Sequence[str], workers: int) -> None:
     """Read all pictures once.
 
     Raises:
-        InputError: Some cannot be read; names them.
+        InputError: Some cannot be read, or are too thin; names them.
     """
     with ThreadPool(max(workers, 1)) as pool:
         results = progress(pool.imap(problem, paths, chunksize=16), 'checking images', len(paths))
         bad = [reason for reason in results if reason]
     if bad:
-        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be read: {some(bad)}')
+        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {some(bad)}')
 
 
 def contents(folder: Path) -> Tuple[List[Path], List[Path]]:
@@ -265,7 +267,9 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2)
         remarks.append(f'held out: {100 * val_split:g} % of every class')
     names, others = {label for _, label in train}, {label for _, label in held_out}
     if len(names) < 2:
-        raise InputError(f'{labels or root} has one class only ({some(names)}); at least two are needed')
+        inside = [] if labels else [f for name in names if contents(f := train_folder / name)[0]]
+        raise InputError(f'{labels or root} has one class only ({some(names)}); at least two are needed'
+                         + ''.join(f'; are they in --data-dir {quote(f)}?' for f in inside))
     if not others:
         raise InputError(f'{labels or root} has one picture of every class; at least two are needed, to hold one out')
     if not names & others:
