@@ -1,0 +1,51 @@
+"""Real data that needs no download: the 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn."""
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+from PIL import Image
+
+__all__ = ['folder_or_digits', 'write_digits']
+
+
+def write_digits(root: Path) -> None:
+    """Write the digits as class folders, `train/0` ... `validation/9`, a fifth of every class held out.
+
+    Args:
+        root: Folder to create; what is in it already stays.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"{e}; pip install 'timm_mobileformer[demo]' brings the digits") from e
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0 ... 16
+    train, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    for split, indices in ('train', train), ('validation', held_out):
+        for i in indices:
+            path = Path(root) / split / str(labels[i]) / f'{i:04}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(path)
+
+
+@contextmanager
+def folder_or_digits(folder: Optional[Path]) -> Iterator[Path]:
+    """The folder of a command's data; if none was named, one with the digits that is gone afterwards.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        write_digits(Path(temporary))
+        yield Path(temporary)
