@@ -336,7 +336,7 @@ def test_without_the_demo_extra_it_says_what_to_install(tmp_path, shapes, capsys
 
 
 @pytest.mark.parametrize('classes, images', [
-    (['cat', 'dog'], 1), (['$5 bill$', 'a' * 200, '日本語', 'it\'s "_^', ' '], 12),
+    (['cat', 'dog'], 1), (['$5 bill$', 'a' * 200, '日本語', 'it\'s "_^', ' ', 'cl\udce9'], 12),
     ([f'class number {i} of a long-winded kind' for i in range(200)], 400),
 ])
 def test_pictures_are_drawn_whatever_the_classes_are_called_and_however_many(tmp_path, recwarn, classes, images):

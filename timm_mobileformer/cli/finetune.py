@@ -17,7 +17,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -195,18 +195,18 @@ def fingerprint(data: Data, root: Path) -> str:
     return hashlib.sha256(repr((names, data.classes)).encode()).hexdigest()
 
 
-def by_class(predictions: torch.Tensor, targets: torch.Tensor, data: Data) -> Tuple[torch.Tensor, List[Dict[str, Any]]]:
+def by_class(predictions: torch.Tensor, targets: torch.Tensor, data: Data) -> Tuple[Any, List[Dict[str, Any]]]:
     """The confusion matrix, true classes as rows, and what it says of every class."""
     n = len(data.classes)
     confusion = (targets * n + predictions).bincount(minlength=n * n).view(n, n)
-    trained_on = torch.tensor([target for _, target in data.train.samples]).bincount(minlength=n)
+    trained_on = Counter(target for _, target in data.train.samples)
     rows = []
-    for i, name in enumerate(data.classes):
-        held_out, predicted, right = (int(t) for t in (confusion[i].sum(), confusion[:, i].sum(), confusion[i, i]))
-        rows.append({'class': name, 'train': int(trained_on[i]), 'held_out': held_out, 'predicted': predicted,
+    for i, (held_out, predicted, right) in enumerate(zip(
+            confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist(), strict=True)):
+        rows.append({'class': data.classes[i], 'train': trained_on[i], 'held_out': held_out, 'predicted': predicted,
                      'right': right, 'precision': right / predicted if predicted else '',
                      'recall': right / held_out if held_out else ''})
-    return confusion, rows
+    return confusion.tolist(), rows
 
 
 def summarize(predictions: torch.Tensor, targets: torch.Tensor, rows: List[Dict[str, Any]]) -> str:
@@ -232,27 +232,25 @@ def draw_curve(path: Path, history: History) -> None:
 
     figure = Figure(figsize=(8, 3.2), dpi=150, layout='constrained')
     left, right = figure.subplots(1, 2)
-    epochs = range(1, len(history) + 1)
+    epochs, best = range(1, len(history) + 1), best_epoch(history)
+    top1 = [row['eval_metrics']['top1'] for row in history]
     style = '.-' if len(history) < 40 else '-'
     left.plot(epochs, [row['train_metrics']['loss'] for row in history], style, label='training, labels smoothed')
     left.plot(epochs, [row['eval_metrics']['loss'] for row in history], style, label='held out')
-    left.set(xlabel='epoch', ylabel='loss')
-    left.legend(frameon=False)
-    top1 = [row['eval_metrics']['top1'] for row in history]
-    best = best_epoch(history)
     right.plot(epochs, top1, style + 'C1')
-    right.plot(best + 1, top1[best], 'o', color='C3', label=f'kept: epoch {best + 1}, {top1[best]:.2f} %')
-    right.set(xlabel='epoch', ylabel='held-out top-1, %')
-    right.legend(frameon=False, loc='lower right')
-    for axes in left, right:
+    right.plot(best + 1, top1[best], 'oC3', label=f'kept: epoch {best + 1}, {top1[best]:.2f} %')
+    for axes, name in (left, 'loss'), (right, 'held-out top-1, %'):
+        axes.set(xlabel='epoch', ylabel=name, xlim=(0.5, len(history) + 0.5))
+        axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.savefig(path)
 
 
 def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
     """A class name in a few short lines; where it is too long, its middle is left out."""
     room = width * rows - 8
+    name = name.encode(errors='replace').decode()  # of a folder whose name is not in UTF-8
     name = name if len(name) <= room else f'{name[:room // 2]} … {name[-room // 2:]}'
     return '\n'.join(textwrap.wrap(name, width) or ['?'])
 
@@ -292,15 +290,13 @@ def report(args: argparse.Namespace, data: Data, logits: torch.Tensor, targets: 
     """Write tables and pictures of the held-out images; returns the lines to print."""
     predictions = logits.argmax(-1)
     confusion, rows = by_class(predictions, targets, data)
+    matrix = [[name, *counts] for name, counts in zip(data.classes, confusion, strict=True)]
+    tables: Dict[str, Iterable[Iterable[Any]]] = {
+        'classes.csv': [rows[0], *(row.values() for row in rows)], 'confusion.csv': [['class', *data.classes], *matrix]}
     with whole(args.output) as folder:
-        with open(folder / 'classes.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-        with open(folder / 'confusion.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-            csv.writer(file).writerows([
-                ['class', *data.classes],
-                *([name, *row] for name, row in zip(data.classes, confusion.tolist(), strict=True))])
+        for name, table in tables.items():
+            with open(folder / name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+                csv.writer(file).writerows(table)
         if importlib.util.find_spec('matplotlib'):
             draw_curve(folder / 'curve.png', history)
             draw_predictions(folder / 'predictions.png', [path for path, _ in data.held_out.samples],
@@ -332,7 +328,8 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         print("no pictures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
     print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
           f'{len(data.classes):,} classes, {len(data.train):,} images to train on, {len(data.held_out):,} held out, '
-          f'{" × ".join(map(str, data_config["input_size"][1:]))} pixels')
+          f'{" × ".join(map(str, data_config["input_size"][1:]))} pixels'
+          + (f'; {len(history)} of {args.epochs} epochs are done' if history else ''))
 
     args.output.mkdir(parents=True, exist_ok=True)
     try:
