@@ -10,14 +10,13 @@ import hashlib
 import importlib.util
 import math
 import os
-import shutil
 import textwrap
 import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -34,27 +33,12 @@ from torch.utils.data import WeightedRandomSampler
 
 from .data import Data, check_images, open_data, read_image
 from .digits import folder_or_digits
+from .files import whole
 from .load import load_model, pick_device
-from .terminal import InputError, progress, quote, some
+from .terminal import InputError, progress, quote, reason, some
 
 PATHS = 'data_dir', 'labels', 'checkpoint'
 History = List[Dict[str, Any]]  # of every epoch, the arguments of timm's update_summary
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to; when all is written, its files take their places in `folder`, with usual permissions."""
-    temporary = folder / '.unfinished'
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    try:
-        temporary.mkdir()
-        yield temporary
-        (usual := temporary / '.usual').touch()
-        for path in sorted(temporary.glob('[!.]*')):
-            shutil.copymode(usual, path)  # safetensors' files are their owner's alone
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def best_epoch(history: History) -> int:
@@ -185,7 +169,7 @@ def read_state(folder: Path) -> Dict[str, Any]:
     except FileNotFoundError as e:
         raise InputError(f'no run to go on with in {folder}: it has no last.pth.tar') from e
     except Exception as e:  # a damaged or foreign file fails in many ways
-        raise InputError(f'{path} is not what finetune writes, or damaged: {textwrap.shorten(str(e), 300)}') from e
+        raise InputError(f'{path} is not what finetune writes, or damaged: {reason(e, 300)}') from e
 
 
 def fingerprint(data: Data, root: Path) -> str:
