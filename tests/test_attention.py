@@ -18,7 +18,7 @@ from timm.utils import CheckpointSaver, reparameterize_model
 import timm_mobileformer
 from timm_mobileformer import attention, attention_maps
 from timm_mobileformer.attention import BridgeAttention
-from timm_mobileformer.mobileformer import FormerToMobile, MobileToFormer, SlopesLinear
+from timm_mobileformer.mobileformer import FormerToMobile, MobileToFormer
 
 BLOCKS = ['stages.1.0', 'stages.1.1', 'stages.2.0', 'stages.3.0', 'stages.3.1', 'stages.4.0', 'stages.4.1']
 
@@ -29,7 +29,7 @@ def make_model(name='test_mobileformer', **kwargs):
     model = timm.create_model(name, **kwargs)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (torch.nn.Linear, SlopesLinear)):
+            if isinstance(module, torch.nn.Linear):
                 module.weight.normal_(std=2 * module.in_features ** -0.5)
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)
@@ -57,10 +57,10 @@ def rebuild(bridge, x, z, attn):
     """A bridge's output, from its inputs and the attention that attention_maps returned."""
     heads = x.unflatten(1, (bridge.num_heads, -1))  # (B, n, c, H, W)
     if isinstance(bridge, MobileToFormer):
-        gate = bridge.query_gate(z)[1].view(*z.shape[:2], -1)
+        gate = 2 * torch.nn.functional.hardsigmoid(bridge.gate(z))
         gathered = torch.einsum('bnmhw,bnchw->bmnc', attn, heads).flatten(2)
         return bridge.norm(z + bridge.proj(gate * gathered))
-    v = bridge.key_value(z)[1].view(*z.shape[:2], bridge.num_heads, -1)  # (B, M, n, c)
+    v = bridge.v(z).unflatten(2, (bridge.num_heads, -1))  # (B, M, n, c)
     return x + torch.einsum('bnmhw,bmnc->bnchw', attn, v).flatten(1, 2)
 
 

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, List
 
 if TYPE_CHECKING:
     from .attention import attention_maps
-    from .mobileformer import DynamicReLU, MobileFormer, checkpoint_filter_fn
+    from .checkpoint import checkpoint_filter_fn
+    from .dynamic_relu import DynamicReLU
+    from .mobileformer import MobileFormer
 
 __all__ = ['DynamicReLU', 'MobileFormer', 'attention_maps', 'checkpoint_filter_fn']
 _MODULES = {
-    'DynamicReLU': 'mobileformer',
+    'DynamicReLU': 'dynamic_relu',
     'MobileFormer': 'mobileformer',
     'attention_maps': 'attention',
-    'checkpoint_filter_fn': 'mobileformer',
+    'checkpoint_filter_fn': 'checkpoint',
 }
 
 

@@ -29,7 +29,8 @@ from timm.models._features import FeatureGetterNet
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from tqdm import tqdm
 
-from .mobileformer import FormerToMobile, MobileFormer, MobileToFormer, checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn
+from .mobileformer import FormerToMobile, MobileFormer, MobileToFormer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,9 +55,10 @@ class BridgeAttention(NamedTuple):
 
 
 def _scores(tokens: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Dot products of tokens (B * M, C) and positions (B, C, H, W) in every head: (B, heads, M, H, W)."""
-    tokens = rearrange(tokens, '(b m) (n c) -> b n m c', b=len(x), n=num_heads)
-    return torch.einsum('bnmc,bnchw->bnmhw', tokens, rearrange(x, 'b (n c) h w -> b n c h w', n=num_heads))
+    """Scaled products of tokens (B, M, C) and positions (B, C, H, W) in every head: (B, heads, M, H, W)."""
+    tokens = rearrange(tokens, 'b m (n c) -> b n m c', n=num_heads)
+    x = rearrange(x, 'b (n c) h w -> b n c h w', n=num_heads)
+    return torch.einsum('bnmc,bnchw->bnmhw', tokens * tokens.shape[3] ** -0.5, x)
 
 
 @contextmanager
@@ -75,11 +77,11 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
     def record(bridge: nn.Module, args: Tuple[torch.Tensor, torch.Tensor]) -> None:
         x, z = args
         if isinstance(bridge, MobileToFormer):
-            scores = _scores(bridge.query_gate(z)[0], x, bridge.num_heads)
+            scores = _scores(bridge.q(z), x, bridge.num_heads)
             attn = scores.flatten(3).softmax(dim=3).view_as(scores)
             maps.append(BridgeAttention(names[bridge], attn, None))
         elif isinstance(bridge, FormerToMobile):
-            attn = _scores(bridge.key_value(z)[0], x, bridge.num_heads).softmax(dim=2)
+            attn = _scores(bridge.k(z), x, bridge.num_heads).softmax(dim=2)
             maps[-1] = maps[-1]._replace(former_to_mobile=attn)
 
     modes = [(m, m.training) for m in model.modules()]
