@@ -141,8 +141,7 @@ def test_int8_of_a_deep_model_whose_layers_share_biases_loads(tmp_path):
     pytest.param(name, marks=needs(name)) for name in ('openvino', 'executorch', 'aoti')])
 def test_runtime_agrees_on_any_batch(name, tmp_path):
     torch.manual_seed(0)
-    stages = ((((2,), 8, 1),), (((2, 2), 16, 2),))
-    model = MobileFormer(8, 2, 32, stages, 32, num_classes=10).eval()  # soon compiled
+    model = MobileFormer(8, 2, 32, ('L2:8', 'D2,2:16'), 32, num_classes=10).eval()  # soon compiled
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) / 10)
