@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.pretrained import PAPER_TOP1
 
-from .files import whole
+from .files import save_figure, whole
 from .load import find_model, pick_device, size_args
 from .options import RUNTIMES
 from .terminal import InputError, progress, reason
@@ -290,7 +290,7 @@ def draw(rows: List[Row], heading: str, path: Path) -> None:
     figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
     for axes, runtime in zip(panels, runtimes, strict=True):
         place(axes, {name: (row.latency(runtime), accuracy[name]) for name, row in fastest.items()})
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def place(axes: 'Axes', points: Dict[str, Tuple[List[float], float]]) -> None:

@@ -1,13 +1,14 @@
 """Files that are whole or not there."""
 import os
 import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from .terminal import InputError
 
-__all__ = ['whole']
+__all__ = ['save_figure', 'whole']
 
 
 @contextmanager
@@ -37,3 +38,10 @@ def whole(folder: Path, name: str = '.unfinished') -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def save_figure(figure: Any, path: Path, **kwargs: Any) -> None:
+    """Save a figure of matplotlib, with boxes for the letters that its font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')
+        figure.savefig(path, **kwargs)

@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import textwrap
-import warnings
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -33,7 +32,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from .data import Data, check_images, open_data, read_image
 from .digits import folder_or_digits
-from .files import whole
+from .files import save_figure, whole
 from .load import load_model, pick_device
 from .terminal import InputError, progress, quote, reason, some
 
@@ -228,7 +227,7 @@ def draw_curve(path: Path, history: History) -> None:
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
@@ -265,9 +264,7 @@ def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targ
         if not correct[i]:
             axes.spines[:].set(visible=True, color='C3', linewidth=2)
             axes.set_xlabel(name_lines(classes[targets[i]]), fontsize=8, color='k', parse_math=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph')  # of names in letters that the font lacks
-        figure.savefig(path)
+    save_figure(figure, path)
 
 
 def report(args: argparse.Namespace, data: Data, logits: torch.Tensor, targets: torch.Tensor, history: History) -> str:

@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import pickle
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -15,14 +16,17 @@ from timm.data import (
     infer_imagenet_subset,
     resolve_model_data_config,
 )
-from timm.models import is_model_in_modules, resolve_model_input_args
+from timm.models import get_arch_name, is_model_in_modules, resolve_model_input_args
 
-from timm_mobileformer import checkpoint_filter_fn
+from timm_mobileformer import MobileFormer, checkpoint_filter_fn
 from timm_mobileformer.pretrained import why
 
 from .terminal import InputError, quote, reason
 
-__all__ = ['class_names', 'find_model', 'load_model', 'pick_device', 'read_checkpoint', 'size_args']
+__all__ = [
+    'class_names', 'find_model', 'load_mobileformer', 'load_model', 'pick_device', 'read_checkpoint', 'size_args']
+
+HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
@@ -44,10 +48,8 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> Tuple[Dict[str, torch.
         use_ema: Take the averaged weights.
 
     Raises:
-        InputError: There is no such file, or it is no checkpoint.
+        InputError: It is no checkpoint, or a damaged one.
     """
-    if not path.is_file():
-        raise InputError(f'no such checkpoint: {path}')
     content: Any
     try:
         if path.suffix == '.safetensors':
@@ -77,9 +79,7 @@ def find_model(name: str) -> str:
     Raises:
         InputError: There is none.
     """
-    if name.startswith(('hf-hub:', 'local-dir:')):
-        return name
-    if timm.is_model(name):  # comes before a folder of this name, which can be called ./NAME
+    if name.startswith(HAVE_WEIGHTS) or timm.is_model(name):  # the latter before a folder of the name, or ./NAME
         return name
     folder = Path(name)
     if (folder / 'config.json').is_file():
@@ -106,6 +106,19 @@ def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
     return len(tensors.get(f'{classifier}.weight', ()))
 
 
+def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]) -> str:
+    """Why there is no model, and what to do, in terms of the command."""
+    if file:
+        return f'{file} as {args.model}: {reason(error)}'
+    if args.model.startswith('hf-hub:'):
+        return f'{args.model}: {why(error)}'
+    text = reason(error).removeprefix(f'{args.model}: ')
+    if args.pretrained:  # what else to do is said in Python there
+        text = re.split(r'\. (?:Three ways on:|Use `pretrained=False`)', text)[0]
+        text += '; --checkpoint FILE takes the weights from a file'
+    return f'{args.model}: {text}'
+
+
 def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weights: bool = True, **kwargs: Any) -> Any:
     """The model that `--model`, `--checkpoint`, `--pretrained`, `--use-ema` and `--img-size` name.
 
@@ -122,36 +135,52 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
         InputError: There is no such model, it has no weights, or they do not fit.
     """
     name, file = find_model(args.model), args.checkpoint if weights else None
-    brings_weights = name.startswith(('hf-hub:', 'local-dir:'))
-    if file and brings_weights:
+    has_own = name.startswith(HAVE_WEIGHTS)
+    if file and has_own:
         raise InputError(f'{args.model} has weights of its own; --checkpoint is for a model that is named as timm does')
-    if num_classes is None and not (file or brings_weights or args.pretrained):
+    loads = weights and bool(file or has_own or args.pretrained)
+    if num_classes is None and not loads:
         raise InputError(f'which weights of {args.model}? --checkpoint FILE names yours, --pretrained the published')
     tensors, trained = read_checkpoint(file, args.use_ema) if file else ({}, {})
-    begins = not weights or not (file or brings_weights or args.pretrained)
+    if args.img_size:
+        trained = {**trained, 'input_size': None, 'img_size': args.img_size}
+    overlay: Any = {}
     try:
-        overlay: Any = {}
-        if begins and num_classes is not None:
-            kwargs['num_classes'] = num_classes
-        elif file:
+        if file:
             kwargs['num_classes'] = count_classes(name, tensors)
             overlay = dict(state_dict=tensors, num_classes=kwargs['num_classes'], label_offset=0)
-        sizes = size_args(name, {'img_size': args.img_size} if args.img_size else trained)
+        elif not loads:
+            kwargs['num_classes'] = num_classes
         model: Any = timm.create_model(
-            name, pretrained=not begins, pretrained_cfg_overlay=overlay, **sizes, **kwargs)
+            name, pretrained=loads, pretrained_cfg_overlay=overlay, **size_args(name, trained), **kwargs)
     except Exception as e:  # files, networks and models fail in ways of their own
-        text = reason(RuntimeError(why(e) if brings_weights else str(e).partition('. Three ways on')[0]))
-        raise InputError(f'{file} does not fit {args.model}: {text}' if file else f'{args.model}: {text}') from e
-    model.pretrained_cfg.pop('state_dict', None)
+        raise InputError(what_failed(args, e, file)) from e
+    cfg = model.pretrained_cfg
+    cfg.pop('state_dict', None)
     if trained:
         data_config = resolve_model_data_config(model, trained)
-        if data_config['input_size'] != model.pretrained_cfg['input_size']:
-            model.pretrained_cfg['pool_size'] = None
-        model.pretrained_cfg.update(data_config)
+        if data_config['input_size'] != tuple(cfg['input_size']):
+            cfg['pool_size'] = None
+        cfg.update(data_config)
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     if model.num_classes == 0:
         raise InputError(f'the weights of {file or args.model} have no classifier')
+    return model
+
+
+def load_mobileformer(args: argparse.Namespace) -> Any:
+    """A Mobile-Former with its weights, see `load_model`.
+
+    Raises:
+        InputError: It is none, too.
+    """
+    name, known = find_model(args.model), timm.list_models(module='mobileformer')
+    if not name.startswith(HAVE_WEIGHTS) and get_arch_name(name) not in known:
+        raise InputError(f'{name} is no Mobile-Former; these are: {", ".join(known)}')
+    model = load_model(args)
+    if not isinstance(model, MobileFormer):
+        raise InputError(f'{args.model} holds a {type(model).__name__}, no Mobile-Former')
     return model
 
 

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, NoReturn, Optional, Sequence, Tuple
@@ -14,7 +15,14 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 PICTURES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # that matplotlib writes
 AUTHORS_TAG = 'ms_in1k'  # of the authors' weights
 RUNTIMES = {'eager': 'PyTorch eager', 'compile': 'torch.compile', 'onnx': 'ONNX Runtime'}
-FORMATS = 'onnx', 'int8', 'openvino', 'executorch', 'aoti'
+FORMATS: Dict[str, Tuple[str, ...]] = {  # the extra of this package and the modules that each needs
+    'onnx': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
+    'int8': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
+    'openvino': ('openvino', 'openvino'),
+    'executorch': ('executorch', 'executorch'),
+    'aoti': ('',),
+}
+FILES, FOLDERS = ('checkpoint', 'labels', 'class_map'), ('data_dir', 'resume', 'all', 'validate')  # that must be there
 
 RANGES: Dict[str, Tuple[float, float]] = dict(
     img_size=(32, math.inf), epochs=(1, math.inf), batch_size=(1, math.inf), workers=(0, math.inf),
@@ -35,7 +43,13 @@ def data_options(group: Any) -> None:
                        help='part of every class to hold out where no folder is for that (default: 0.2)')
 
 
-def model_options(group: Any, default: Optional[str] = None, required: bool = False, note: str = '') -> None:
+def model_options(
+        group: Any,
+        default: Optional[str] = None,
+        required: bool = False,
+        note: str = '',
+        size_note: str = '',
+) -> None:
     group.add_argument('-m', '--model', metavar='NAME', default=default, required=required,
                        help=f'name in timm, folder that finetune wrote, or hf-hub:…{note}')
     weights = group.add_mutually_exclusive_group()
@@ -44,9 +58,10 @@ def model_options(group: Any, default: Optional[str] = None, required: bool = Fa
     weights.add_argument('--checkpoint', metavar='FILE', type=Path,
                          help="take its weights from a file: of train.py, the authors', a state dict, safetensors")
     group.add_argument('--use-ema', action='store_true', default=None, help='take the averaged weights in the file')
+    img_size_option(group, f"that of the weights' training, else the model's{size_note}")
 
 
-def img_size_option(group: Any, default: str = "the model's") -> None:
+def img_size_option(group: Any, default: str) -> None:
     group.add_argument('--img-size', type=int, metavar='N', help=f'height and width of images (default: {default})')
 
 
@@ -97,7 +112,6 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     parser.epilog = FINETUNE_EPILOG.format(timm=version('timm'))
     group = parser.add_argument_group('data')
     data_options(group)
-    img_size_option(group, "the model's; digits: 64")
     group.add_argument('--scale', type=float, nargs=2, metavar='PCT',
                        help='area of the random crops in training (default: 0.35 1.0; digits: 0.7 1.0)')
     group.add_argument('--hflip', type=float, metavar='P',
@@ -106,7 +120,7 @@ def finetune(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--balanced', action='store_true', default=None, help='train on all classes equally often')
 
     group = parser.add_argument_group('model to start from')
-    model_options(group, note=' (default: mobileformer_52m)')
+    model_options(group, note=' (default: mobileformer_52m)', size_note='; digits: 64')
     group.add_argument('--drop', type=float, metavar='P', help='dropout before the classifier')
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth')
 
@@ -161,7 +175,6 @@ def tokens(parser: argparse.ArgumentParser) -> None:
     model_options(parser, required=True)
     parser.add_argument('--class-map', metavar='FILE', type=Path,
                         help='names of the classes, one a line (default: those that come with the weights)')
-    img_size_option(parser, 'as in training')
     parser.add_argument('--output', type=Path, default=Path('tokens.png'), metavar='FILE',
                         help='picture to write; of several images, numbered and named after each (default: tokens.png)')
 
@@ -198,13 +211,24 @@ def export(parser: argparse.ArgumentParser) -> None:
     model_options(parser, 'output/finetune', note=' (default: output/finetune)')
     data_options(parser)
     parser.set_defaults(val_split=0.2)
-    img_size_option(parser, 'as in training')
     parser.add_argument('--output', type=Path, default=Path('output/export'), metavar='DIR',
                         help='folder for the files (default: output/export)')
     parser.add_argument('--max-drop', type=float, default=1., metavar='P',
                         help='points of top-1 that int8 may lose (default: 1)')
     threads_option(parser)
     workers_option(parser)
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """Make `formats` those that can be written here; `left_out` says what the others lack."""
+    every = 'all' in args.formats
+    names = list(FORMATS) if every else list(dict.fromkeys(args.formats))
+    lacks = {name: f'{name} {lack}' for name in names if (lack := missing(*FORMATS[name]))}
+    if 'aoti' in names and not shutil.which(os.environ.get('CXX', 'g++')):
+        lacks['aoti'] = 'aoti needs a C++ compiler: install g++, or name one in the environment variable CXX'
+    args.formats, args.left_out = [name for name in names if name not in lacks], list(lacks.values())
+    if lacks and (not every or not args.formats):
+        raise InputError('; '.join(args.left_out))
 
 
 # benchmark
@@ -315,7 +339,7 @@ SUBCOMMANDS = {
     'models': Subcommand('list the models', models),
     'finetune': Subcommand('train on a folder of images', finetune, check_finetune),
     'tokens': Subcommand('draw what the tokens attend to', tokens, check_tokens),
-    'export': Subcommand('write files for devices', export),
+    'export': Subcommand('write files for devices', export, check_export),
     'benchmark': Subcommand('measure models beside each other', benchmark, check_benchmark),
     'publish': Subcommand('put weights on the Hugging Face Hub', publish, check_publish),
     'recipe': Subcommand("print the path of a recipe for timm's train.py", recipe),
@@ -349,5 +373,9 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         if value is not None and not least <= value <= most:
             limits = f'at least {least}' if most == math.inf else f'from {least} to {most}'
             raise InputError(f'{option(key)} must be {limits}, not {value}')
+    for key in FILES + FOLDERS:
+        path = getattr(args, key, None)
+        if path and (not path.exists() or path.is_dir() != (key in FOLDERS)):
+            raise InputError(f'{option(key)}: no such {"folder" if key in FOLDERS else "file"}: {path}')
     SUBCOMMANDS[args.subcommand].check(args)
     return args

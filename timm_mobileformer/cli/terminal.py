@@ -41,9 +41,11 @@ def missing(extra: str, *modules: str) -> str:
     return f"needs {', '.join(absent)}: pip install 'timm_mobileformer[{extra}]'" if absent else ''
 
 
-def progress(*args: Any, **kwargs: Any) -> tqdm:
-    """tqdm, silent without a terminal."""
-    return tqdm(*args, **{'leave': False, 'disable': None, **kwargs})
+class progress(tqdm):
+    """tqdm, silent without a terminal, and gone when it is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{'leave': False, 'disable': None, **kwargs})
 
 
 def close_bars() -> None:
