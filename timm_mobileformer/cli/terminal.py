@@ -18,6 +18,8 @@ def reason(error: BaseException, limit: int = 600) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f'{error.filename}: {error.strerror}'
+    if isinstance(error, KeyError):
+        text = f'there is no {text}'
     if isinstance(error, InputError):
         return text.replace('\n', ' ')  # with all spaces of what can be pasted
     text = ' '.join(text.split()) or type(error).__name__
