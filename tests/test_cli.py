@@ -311,8 +311,8 @@ def test_a_timm_name_comes_before_a_folder_of_that_name(weights, tmp_path, monke
 @pytest.mark.parametrize('args, wanted', [
     (('mobileformer_25m',), 'timm knows no model mobileformer_25m, and there is no such folder; similar: mobileformer'),
     (('test_mobileformer',), 'which weights of test_mobileformer? --checkpoint FILE names yours, --pretrained the'),
-    (('test_mobileformer', '--pretrained'), 'No pretrained weights exist for test_mobileformer; --checkpoint FILE takes'),
-    (('test_mobileformer.x', '--pretrained'), 'x'),
+    (('test_mobileformer', '--pretrained'), 'No pretrained weights exist for test_mobileformer; --checkpoint FILE'),
+    (('test_mobileformer.x', '--pretrained'), 'Invalid pretrained tag (x) for test_mobileformer'),
     (('.',), '. has no config.json, finetune did not write it'),
     (('folder', '--checkpoint', 'plain.pth'), 'folder has weights of its own'),
     (('broken',), 'broken: '),
