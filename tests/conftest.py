@@ -30,7 +30,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, str]:
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, str]:
     """A folder in which `timm-mobileformer finetune` ran, on the digits and shorter than usual, and what it printed."""
     pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
     pytest.importorskip('matplotlib', reason='matplotlib draws the pictures')

@@ -33,9 +33,9 @@ def run_here(*args):
 
 
 @pytest.fixture(scope='module')
-def held_out(trained, digits):
+def held_out(finetuned, digits):
     """The model by timm alone, its held-out images, and their classes."""
-    model = timm.create_model(f'local-dir:{trained[0]}/output/finetune', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{finetuned[0]}/output/finetune', pretrained=True).eval()
     loader = create_loader(
         create_dataset('', digits, split='validation'), batch_size=360, num_workers=0, device=torch.device('cpu'),
         **resolve_model_data_config(model))
@@ -49,12 +49,12 @@ def table(printed):
 
 
 @pytest.fixture(scope='module')
-def exported(trained):
+def exported(finetuned):
     """Folder and table of one command, after finetune in the same folder."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
-        patch.chdir(trained[0])
+        patch.chdir(finetuned[0])
         assert run_here('onnx', 'int8') == 0
-    return trained[0] / 'output' / 'export', table(printed.getvalue())
+    return finetuned[0] / 'output' / 'export', table(printed.getvalue())
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     images = torch.randn(4, 3, 64, 64)
     paths = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
     export.to_onnx(model, images, paths[0])
-    monkeypatch.setattr(export, 'to_onnx', copies(paths[0]))
+    monkeypatch.setattr(export, 'to_onnx', lambda model, images, to: shutil.copy(paths[0], to))  # made already
     export.to_int8(model, images, paths[1])
     assert paths[0].stat().st_size > 3.45 * paths[1].stat().st_size  # the variant, and head, that gains least
 
@@ -147,13 +147,13 @@ def test_runtime_agrees_on_any_batch(name, tmp_path):
 
 
 @needs('onnx')
-def test_all_exports_for_what_is_installed_and_names_the_rest(copied, trained, digits, tmp_path, monkeypatch, capsys):
+def test_all_exports_for_what_is_installed_and_names_the_rest(copied, finetuned, digits, tmp_path, monkeypatch, capsys):
     copied('onnx')
     copied('int8')
     for name in 'openvino', 'executorch':
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setenv('CXX', 'no-such-compiler')
-    assert run_here('all', '--model', 'mobileformer_52m', '--checkpoint', trained[0] / 'output/finetune/last.pth.tar',
+    assert run_here('all', '--model', 'mobileformer_52m', '--checkpoint', finetuned[0] / 'output/finetune/last.pth.tar',
                     '--data-dir', digits, '--output', tmp_path) == 0
     printed = capsys.readouterr().out
     assert list(table(printed))[2:] == ['ONNX Runtime', 'ONNX Runtime, int8']
@@ -173,10 +173,10 @@ def refused(capsys, *args):
 
 
 @needs('onnx')
-def test_data_of_other_classes_is_refused_before_anything_is_written(trained, digits, tmp_path, capsys):
+def test_data_of_other_classes_is_refused_before_anything_is_written(finetuned, digits, tmp_path, capsys):
     for number, animal in enumerate(('cat', 'dog')):
         shutil.copytree(digits / 'train' / str(number), tmp_path / 'animals' / animal)
-    line = refused(capsys, 'onnx', '--model', trained[0] / 'output/finetune', '--data-dir', tmp_path / 'animals',
+    line = refused(capsys, 'onnx', '--model', finetuned[0] / 'output/finetune', '--data-dir', tmp_path / 'animals',
                    '--output', tmp_path / 'out')
     assert 'has 10 classes (0, 1, 2, 3, 4 and 5 more), the data 2 (cat, dog)' in line
     assert not (tmp_path / 'out').exists()
@@ -195,11 +195,11 @@ def test_missing_runtime_names_the_extra_that_brings_it(tmp_path, monkeypatch, c
     ('int8', ('--max-drop', -9), 'int8 loses .* points of top-1, more than --max-drop'),
 ])
 def test_a_file_that_answers_otherwise_or_loses_accuracy_is_not_kept(
-        copied, trained, digits, tmp_path, capsys, name, more, problem):
+        copied, finetuned, digits, tmp_path, capsys, name, more, problem):
     copied(name, of='int8')
     before = tmp_path / f'mobileformer_52m{export.FORMATS[name].suffix}'
     before.write_text('of before')
-    line = refused(capsys, name, '--model', trained[0] / 'output/finetune', '--data-dir', digits, '--output', tmp_path,
-                   *more)
+    line = refused(capsys, name, '--model', finetuned[0] / 'output/finetune', '--data-dir', digits,
+                   '--output', tmp_path, *more)
     assert re.fullmatch('error: ' + problem, line)
     assert list(tmp_path.iterdir()) == [before] and before.read_text() == 'of before'

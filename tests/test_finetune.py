@@ -122,8 +122,8 @@ def top1_by_epoch(folder):
 
 
 @pytest.mark.timeout(900)
-def test_the_digits_are_learnt_by_the_bare_command_from_the_first_epochs_on(trained, digits):
-    folder, printed = trained
+def test_the_digits_are_learnt_by_the_bare_command_from_the_first_epochs_on(finetuned, digits):
+    folder, printed = finetuned
     assert '1,437 images to train on, 360 held out' in printed
     assert len(re.findall(r'^epoch ', printed, re.MULTILINE)) == 4
     output = folder / 'output' / 'finetune'
