@@ -1,6 +1,8 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Tuple
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: many tests start processes, which would fight for cores
 
@@ -14,3 +16,26 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder: Path = tmp_path_factory.mktemp('hub')
     with serve(folder) as running:
         yield running
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits inside scikit-learn, in class folders."""
+    pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
+    from timm_mobileformer.cli.digits import write_digits
+
+    folder = tmp_path_factory.mktemp('digits')
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, str]:
+    """A folder in which `timm-mobileformer finetune` ran, on the digits and shorter than usual, and what it printed."""
+    pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
+    pytest.importorskip('matplotlib', reason='matplotlib draws the pictures')
+    folder = tmp_path_factory.mktemp('trained')
+    done = subprocess.run([sys.executable, '-m', 'timm_mobileformer', 'finetune', '--epochs', '4'], cwd=folder,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr  # without a terminal, no bars
+    return folder, done.stdout

@@ -1,10 +1,6 @@
-"""Looking inside: attention_maps and python -m timm_mobileformer.attention."""
+"""Looking inside: attention_maps, and its pictures by `timm-mobileformer tokens`."""
 import argparse
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,9 +11,10 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, reparameterize_model
 
-import timm_mobileformer
-from timm_mobileformer import attention, attention_maps
+from timm_mobileformer import attention_maps
 from timm_mobileformer.attention import BridgeAttention
+from timm_mobileformer.cli import main
+from timm_mobileformer.cli.tokens import draw
 from timm_mobileformer.mobileformer import FormerToMobile, MobileToFormer
 
 BLOCKS = ['stages.1.0', 'stages.1.1', 'stages.2.0', 'stages.3.0', 'stages.3.1', 'stages.4.0', 'stages.4.1']
@@ -193,11 +190,11 @@ def test_what_cannot_be_looked_into_is_refused(make, kind):
         attention_maps(make(), make_images(1, 3, 64, 64))
 
 
-# The program
+# The pictures
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-    """A folder with a training checkpoint of three classes at 64x64, photographs so to speak, and class folders."""
+    """A folder with a training checkpoint of three classes at 64x64, photographs so to speak, and class names."""
     work = tmp_path_factory.mktemp('attention')
     args = argparse.Namespace(model='test_mobileformer', img_size=64, crop_pct=1.0)
     model = make_model(num_classes=3)
@@ -206,108 +203,74 @@ def work(tmp_path_factory):
     for name in ('cat', 'dog'):
         pixels = F.interpolate(torch.rand(1, 3, 9, 12, generator=generator), (90, 120), mode='bilinear')
         Image.fromarray((pixels[0].permute(1, 2, 0) * 255).byte().numpy()).save(work / f'{name}.jpg')
-    for name in ('ant', 'bee', 'cow'):
-        (work / 'data' / 'train' / name).mkdir(parents=True)
-        Image.new('RGB', (8, 8)).save(work / 'data' / 'train' / name / '1.png')
+    (work / 'folder').mkdir()
     (work / 'names.txt').write_text('Ameise\nBiene\nKuh\n')
     (work / 'text.png').write_text('no image')
-    (work / 'text.pth').write_text('no checkpoint')
-    torch.save(timm.create_model('mobileformer_26m', num_classes=3).state_dict(), work / 'other.pth')
     return work
 
 
 @pytest.fixture
 def run(work, monkeypatch, capsys):
-    """Run the program in a folder of its own, and return its exit status, stdout and stderr."""
+    """Run the command in a folder of its own, and return its exit status, stdout and stderr."""
     pytest.importorskip('matplotlib', reason="draws with matplotlib: pip install 'timm_mobileformer[demo]'")
     monkeypatch.chdir(work)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, 'argv', ['attention', *argv])
-        status = 0
-        try:
-            attention.main()
-        except SystemExit as e:
-            status = e.code
-        return (status, *capsys.readouterr())
-
-    return run
+    return lambda *argv: (main(['tokens', *map(str, argv)]), *capsys.readouterr())
 
 
 USUAL = ('cat.jpg', '--model', 'test_mobileformer', '--checkpoint', 'last.pth.tar')
 
 
-def test_the_command_draws_a_picture_and_prints_the_classes(work, tmp_path):
-    pytest.importorskip('matplotlib', reason="draws with matplotlib: pip install 'timm_mobileformer[demo]'")
+def test_the_command_draws_a_picture_and_prints_the_classes(run, work, tmp_path):
     out = tmp_path / 'new' / 'tokens.png'
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_mobileformer.attention', *USUAL, '--out', str(out)], cwd=work, text=True,
-        capture_output=True, env={**os.environ, 'PYTHONPATH': str(Path(timm_mobileformer.__file__).parents[1])})
-    assert (done.returncode, done.stderr) == (0, '')
-
+    status, printed, err = run(*USUAL, '--output', out)
+    assert (status, err) == (0, '')
     model = timm.create_model('test_mobileformer', num_classes=3, checkpoint_path=work / 'last.pth.tar').eval()
     config = resolve_model_data_config(model, dict(img_size=64, crop_pct=1.0))  # as it was trained
     with torch.no_grad():
         p = model(create_transform(**config)(Image.open(work / 'cat.jpg'))[None]).softmax(1)[0]
-    assert done.stdout.splitlines() == [
+    assert printed.splitlines() == [
         f'cat.jpg -> {out}', *(f'{p[i]:7.1%}  class {i}' for i in p.argsort(descending=True).tolist())]
     with Image.open(out) as picture:
         assert min(picture.size) > 400 and len(picture.convert('RGB').getcolors(1 << 24)) > 1000
 
 
 def test_many_images_make_many_pictures(run, tmp_path):
-    status, out, err = run('cat.jpg', 'dog.jpg', *USUAL, '--out', str(tmp_path / 'tokens.png'))
-    assert status == 0 and '3/3' in err  # the progress bar
-    written = ['tokens-1-cat.png', 'tokens-2-dog.png', 'tokens-3-cat.png']
-    assert sorted(p.name for p in tmp_path.iterdir()) == written
+    status, out, err = run('cat.jpg', 'dog.jpg', *USUAL, '--output', tmp_path / 'tokens.svg')
+    written = ['tokens-1-cat.svg', 'tokens-2-dog.svg', 'tokens-3-cat.svg']
+    assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == written
     assert [line.split(' -> ')[1] for line in out.splitlines() if '->' in line] == [str(tmp_path / n) for n in written]
 
 
-@pytest.mark.parametrize(['option', 'names'], [
-    (('--class-map', 'names.txt'), {'Ameise', 'Biene', 'Kuh'}),
-    (('--data-dir', 'data'), {'ant', 'bee', 'cow'}),
-], ids=['class_map', 'data_dir'])
-def test_classes_have_the_names_of_a_file_or_of_folders(run, tmp_path, option, names):
-    status, out, _ = run(*USUAL, *option, '--out', str(tmp_path / 'tokens.png'))
-    assert status == 0 and {line.split()[-1] for line in out.splitlines()[1:]} == names
+def test_classes_have_the_names_of_a_file_of_imagenet_or_of_the_weights(run, tmp_path):
+    def names(*argv):
+        status, out, err = run(*argv, '--output', tmp_path / 'tokens.png')
+        assert status == 0, err
+        return [line.split('%  ')[1] for line in out.splitlines()[1:]]
 
-
-def test_classes_of_imagenet_and_of_a_published_model_have_their_names(run, work, tmp_path):
+    assert {*names(*USUAL, '--class-map', 'names.txt')} == {'Ameise', 'Biene', 'Kuh'}
     torch.save(make_model().state_dict(), tmp_path / 'imagenet.pth')
-    _, out, _ = run(*USUAL[:3], '--checkpoint', str(tmp_path / 'imagenet.pth'), '--out', str(tmp_path / 'a.png'))
-    assert len(out.splitlines()) == 6
-    assert {line.split('%  ')[1] for line in out.splitlines()[1:]} < set(ImageNetInfo().label_descriptions())
-
+    of_imagenet = names(*USUAL[:4], tmp_path / 'imagenet.pth')
+    assert len(of_imagenet) == 5 and {*of_imagenet} < {*ImageNetInfo().label_descriptions()}
     timm.models.save_for_hf(make_model(num_classes=3), tmp_path / 'hub', {'label_names': ['Ant', 'Bee', 'Cow']})
-    status, out, err = run('cat.jpg', '--model', f'local-dir:{tmp_path / "hub"}', '--out', str(tmp_path / 'b.png'))
-    assert {line.split()[-1] for line in out.splitlines()[1:]} == {'Ant', 'Bee', 'Cow'}, err
+    assert {*names('cat.jpg', '--model', tmp_path / 'hub')} == {'Ant', 'Bee', 'Cow'}
 
 
 @pytest.mark.parametrize(['argv', 'line'], [
-    (('nowhere.jpg', *USUAL[1:]), "cannot read the image nowhere.jpg: .* No such file"),
-    (('text.png', *USUAL[1:]), 'cannot read the image text.png: cannot identify'),
-    (('cat.jpg', 'data', *USUAL[1:]), r'data is a folder; name the images in it, data/\*'),
+    (('nowhere.jpg', *USUAL[1:]), 'no such image: nowhere.jpg'),
+    (('text.png', *USUAL[1:]), r'1 of 1 images cannot be used: text.png \(cannot identify'),
+    (('cat.jpg', 'folder', *USUAL[1:]), r'folder is a folder; name the images in it, folder/\*'),
     ((*USUAL[:2], 'resnet18'), 'resnet18 is no Mobile-Former; these are: mobileformer_26m'),
-    ((*USUAL[:2], 'mobileformer_1m'), 'mobileformer_1m is no Mobile-Former; these are: mobileformer_26m'),
-    ((*USUAL[:3], '--pretrained'), 'No pretrained weights exist for test_mobileformer'),
-    ((*USUAL[:4], 'nowhere.pth'), 'no such checkpoint: nowhere.pth'),
-    ((*USUAL[:4], 'text.pth'), 'cannot read text.pth as a checkpoint: '),
-    ((*USUAL[:4], 'other.pth'), 'The checkpoint does not fit MobileFormer; missing: '),
-    ((*USUAL, '--num-classes', '10'), '--num-classes 10, but the weights have 3 classes'),
-    ((*USUAL, '--img-size', '8'), '--img-size must be at least 32, not 8'),
-    ((*USUAL, '--class-map', 'nowhere.txt'), 'Cannot locate specified class map file'),
-    ((*USUAL, '--data-dir', 'nowhere'), 'no such folder: nowhere'),
-    ((*USUAL, '--out', 'tokens.xyz'), '--out tokens.xyz must end in one of .*png'),
-    ((*USUAL, '--out', 'cat.jpg'), '--out would overwrite cat.jpg'),
+    ((*USUAL, '--class-map', 'cat.jpg'), 'cat.jpg is not in UTF-8'),
+    ((*USUAL, '--output', 'tokens.xyz'), '--output tokens.xyz must end in one of .*png'),
+    ((*USUAL, '--output', 'cat.jpg'), '--output would overwrite cat.jpg'),
 ])
 def test_a_mistake_is_one_clear_line_and_nothing_is_written(run, work, argv, line):
     def contents():
         return {p: p.stat().st_mtime_ns for p in work.rglob('*')}
     before = contents()
     status, out, err = run(*argv)
-    assert (status, out) == (2, '')
-    assert err.count('\n') == 1
-    assert re.match('python -m timm_mobileformer.attention: error: ' + line, err), err
+    assert (status, out, err.count('\n')) == (2, '', 1)
+    assert re.match('error: ' + line, err), err
     assert contents() == before
 
 
@@ -318,7 +281,7 @@ def test_the_picture_shows_every_map_red_where_the_attention_is(tmp_path):
     give = torch.full((1, 2, 2, 2, 2), 0.5)
     give[:, :, 0, 0, 1], give[:, :, 1, 0, 1] = 0.9, 0.1
     maps = [BridgeAttention('stages.1.0', gather, give), BridgeAttention('mobile_to_former', gather[:, :, :1], None)]
-    figure = attention.draw(torch.full((3, 8, 8), 0.5), maps, [('one, un', 0.9), ('two', 0.1)], 'a.png')
+    figure = draw(torch.full((3, 8, 8), 0.5), maps, [('one', 0.9), ('two', 0.1)], 'a.png')
     pictures = [torch.from_numpy(ax.images[0].get_array()) for ax in figure.axes if ax.images]
     image, tokens_0, tokens_1, last, gives_0, gives_1 = pictures
     redness = [p[..., 0] - p[..., 2] for p in pictures[1:]]

@@ -1,9 +1,9 @@
-"""`python -m timm_mobileformer.export`: files that answer as PyTorch does, the table, and what is refused."""
+"""`timm-mobileformer export`: files that answer as PyTorch does, the table, and what is refused."""
+import argparse
 import re
 import shutil
 import sys
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 
 import pytest
@@ -12,43 +12,30 @@ import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 
-from timm_mobileformer import MobileFormer, export, finetune
-from timm_mobileformer.digits import write_digits
+from timm_mobileformer import MobileFormer
+from timm_mobileformer.cli import export, main, options
+from timm_mobileformer.cli.terminal import InputError
 
-pytest.importorskip('sklearn', reason="scikit-learn is missing, pip install 'timm_mobileformer[demo]' brings it")
+pytestmark = pytest.mark.timeout(900)  # whichever test comes first trains
 
 
 def needs(name):
     """Skip a test whose format cannot be exported on this machine, with the reason."""
-    return pytest.mark.skipif(bool(export.lacks(name)), reason=export.lacks(name) or 'nothing is missing')
+    try:
+        options.check_export(argparse.Namespace(formats=[name]))
+    except InputError as e:
+        return pytest.mark.skip(reason=str(e))
+    return []
 
 
-def run_here(module, *args):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [module.__name__, *map(str, args)])
-        module.main()
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('digits')
-    write_digits(folder)
-    return folder
+def run_here(*args):
+    return main(['export', *map(str, args), '--workers', '0'])
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, digits):
-    """What finetune leaves behind."""
-    folder = tmp_path_factory.mktemp('trained') / 'finetune'
-    run_here(finetune, '--data-dir', digits, '--model', 'test_mobileformer', '--img-size', 32, '--epochs', 8,
-             '--lr', 4e-3, '--scale', 0.7, 1, '--hflip', 0, '-j', 0, '--device', 'cpu', '--output', folder)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def held_out(trained, digits):
+def held_out(finetuned, digits):
     """The model by timm alone, its held-out images, and their classes."""
-    model = timm.create_model(f'local-dir:{trained}', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{finetuned[0]}/output/finetune', pretrained=True).eval()
     loader = create_loader(
         create_dataset('', digits, split='validation'), batch_size=360, num_workers=0, device=torch.device('cpu'),
         **resolve_model_data_config(model))
@@ -62,17 +49,22 @@ def table(printed):
 
 
 @pytest.fixture(scope='module')
-def exported(trained, digits, tmp_path_factory):
-    """Folder and table of one command."""
-    out = tmp_path_factory.mktemp('exported') / 'out'
-    with redirect_stdout(StringIO()) as printed:
-        run_here(export, 'onnx', 'int8', '--checkpoint', trained, '--data-dir', digits, '--output', out, '-j', 0)
-    return out, table(printed.getvalue())
+def exported(finetuned):
+    """Folder and table of one command, after finetune in the same folder."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.chdir(finetuned[0])
+        assert run_here('onnx', 'int8') == 0
+    return finetuned[0] / 'output' / 'export', table(printed.getvalue())
 
 
-def copies(path):
-    """An exporter that takes its file from `path`, since to make one takes its time."""
-    return lambda model, images, to: shutil.copy(path, to)
+@pytest.fixture
+def copied(exported, monkeypatch):
+    """Exporters that copy what is there, since to make it takes its time; `copied(name, of)` takes another's file."""
+    def copy(name, of=None):
+        path = exported[0] / f'mobileformer_52m{export.FORMATS[of or name].suffix}'
+        form = export.FORMATS[name]._replace(export=lambda model, images, to: shutil.copy(path, to))
+        monkeypatch.setitem(export.FORMATS, name, form)
+    return copy
 
 
 @needs('onnx')
@@ -82,7 +74,7 @@ def test_one_command_exports_checks_and_compares(exported, held_out):
     model, images, targets = held_out
     out, rows = exported
     assert list(rows) == ['PyTorch, as trained', 'PyTorch, reparameterized', 'ONNX Runtime', 'ONNX Runtime, int8']
-    assert {path.name for path in out.iterdir()} == {'test_mobileformer.onnx', 'test_mobileformer.int8.onnx'}
+    assert {path.name for path in out.iterdir()} == {'mobileformer_52m.onnx', 'mobileformer_52m.int8.onnx'}
 
     with torch.inference_mode():
         wanted = model(images)
@@ -94,11 +86,11 @@ def test_one_command_exports_checks_and_compares(exported, held_out):
         assert float(rows[title]['MB']) == pytest.approx(path.stat().st_size / 1e6, abs=0.006)
         assert float(rows[title]['top-1, %']) == pytest.approx(accuracy(answers[title], targets)[0].item(), abs=0.006)
         assert float(rows[title]['latency, ms']) > 0
-    torch.testing.assert_close(answers['ONNX Runtime'], wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(answers['ONNX Runtime'], wanted, atol=1e-4, rtol=1e-4)
     top1 = accuracy(wanted, targets)[0].item()
-    assert top1 > 90
+    assert top1 > 88
     assert accuracy(answers['ONNX Runtime, int8'], targets)[0].item() >= top1 - 1
-    assert str(finetune.__file__).encode() not in (out / 'test_mobileformer.onnx').read_bytes()
+    assert str(export.__file__).encode() not in (out / 'mobileformer_52m.onnx').read_bytes()
 
 
 @needs('onnx')
@@ -114,7 +106,7 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     images = torch.randn(4, 3, 64, 64)
     paths = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
     export.to_onnx(model, images, paths[0])
-    monkeypatch.setattr(export, 'to_onnx', copies(paths[0]))
+    monkeypatch.setattr(export, 'to_onnx', lambda model, images, to: shutil.copy(paths[0], to))  # made already
     export.to_int8(model, images, paths[1])
     assert paths[0].stat().st_size > 3.45 * paths[1].stat().st_size  # the variant, and head, that gains least
 
@@ -155,88 +147,59 @@ def test_runtime_agrees_on_any_batch(name, tmp_path):
 
 
 @needs('onnx')
-def test_all_exports_for_what_is_installed_and_names_the_rest(exported, trained, digits, tmp_path, monkeypatch, capsys):
-    present = export.FORMATS['onnx']._replace(export=copies(exported[0] / 'test_mobileformer.onnx'))
-    absent = export.FORMATS['openvino']._replace(modules=('no_such_runtime',))
-    monkeypatch.setattr(export, 'FORMATS', {'onnx': present, 'openvino': absent})
-    run_here(export, 'all', '--checkpoint', trained / 'model_best.pth.tar', '--model', 'test_mobileformer',
-             '--img-size', 32, '--data-dir', digits, '--output', tmp_path, '-j', 0)
+def test_all_exports_for_what_is_installed_and_names_the_rest(copied, finetuned, digits, tmp_path, monkeypatch, capsys):
+    copied('onnx')
+    copied('int8')
+    for name in 'openvino', 'executorch':
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    assert run_here('all', '--model', 'mobileformer_52m', '--checkpoint', finetuned[0] / 'output/finetune/last.pth.tar',
+                    '--data-dir', digits, '--output', tmp_path) == 0
     printed = capsys.readouterr().out
-    assert list(table(printed))[2:] == ['ONNX Runtime']
-    assert "openvino needs no_such_runtime: pip install 'timm_mobileformer[openvino]'" in printed
+    assert list(table(printed))[2:] == ['ONNX Runtime', 'ONNX Runtime, int8']
+    assert "left out: openvino needs openvino: pip install 'timm_mobileformer[openvino]'" in printed
+    assert "left out: executorch needs executorch: pip install 'timm_mobileformer[executorch]'" in printed
+    assert 'left out: aoti needs a C++ compiler: install g++' in printed
 
 
 # Refusals
 
 def refused(capsys, *args):
-    """The one line on stderr, progress bars aside, with which `args` are refused."""
-    with pytest.raises(SystemExit) as stop:
-        run_here(export, *args, '-j', 0)
-    assert stop.value.code == 2
-    line = re.split('[\r\n]', capsys.readouterr().err.strip())[-1]
-    assert 'error: ' in line
+    """The one line on stderr with which `args` are refused."""
+    assert run_here(*args) == 2
+    line, end = capsys.readouterr().err.split('\n')
+    assert line.startswith('error: ') and not end
     return line
 
 
 @needs('onnx')
-@pytest.mark.parametrize('case, problem', [
-    ('no checkpoint', 'no such checkpoint: '),
-    ('another file', 'cannot be loaded: '),
-    ('another model', 'cannot be loaded: '),
-    ('unknown model', 'Unknown model'),
-    ('no model named', '--model must say which model'),
-    ('empty folder', 'cannot be loaded: '),
-    ('no data', 'is not a folder'),
-    ('other classes', 'has 10 classes (0, 1, 2, 3, 4 and 5 more), the data 2 (cat, dog)'),
-    ('tiny images', '--img-size must be at least 32, not 16'),
-    ('unknown format', 'invalid choice'),
-])
-def test_mistakes_are_refused_before_anything_is_written(case, problem, trained, digits, tmp_path, capsys):
-    out, text, best = tmp_path / 'out', tmp_path / 'notes.txt', trained / 'model_best.pth.tar'
-    text.write_text('not a checkpoint')
-    (tmp_path / 'empty').mkdir()
-    for split in 'train', 'validation':
-        for number, animal in enumerate(('cat', 'dog')):
-            shutil.copytree(digits / split / str(number), tmp_path / 'animals' / split / animal)
-    args = {'--checkpoint': trained, '--data-dir': digits, '--output': out} | {
-        'no checkpoint': {'--checkpoint': tmp_path / 'absent'},
-        'another file': {'--checkpoint': text, '--model': 'test_mobileformer'},
-        'another model': {'--checkpoint': best, '--model': 'mobileformer_26m'},
-        'unknown model': {'--checkpoint': best, '--model': 'mobileformer_27m'},
-        'no model named': {'--checkpoint': best},
-        'empty folder': {'--checkpoint': tmp_path / 'empty'},
-        'no data': {'--data-dir': tmp_path / 'absent'},
-        'other classes': {'--data-dir': tmp_path / 'animals'},
-        'tiny images': {'--img-size': 16},
-    }.get(case, {})
-    formats = ['tflite'] if case == 'unknown format' else ['onnx']
-    assert problem in refused(capsys, *formats, *(word for pair in args.items() for word in pair))
-    assert not out.exists()
+def test_data_of_other_classes_is_refused_before_anything_is_written(finetuned, digits, tmp_path, capsys):
+    for number, animal in enumerate(('cat', 'dog')):
+        shutil.copytree(digits / 'train' / str(number), tmp_path / 'animals' / animal)
+    line = refused(capsys, 'onnx', '--model', finetuned[0] / 'output/finetune', '--data-dir', tmp_path / 'animals',
+                   '--output', tmp_path / 'out')
+    assert 'has 10 classes (0, 1, 2, 3, 4 and 5 more), the data 2 (cat, dog)' in line
+    assert not (tmp_path / 'out').exists()
 
 
 def test_missing_runtime_names_the_extra_that_brings_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, 'find_spec', lambda name: None if name == 'executorch' else find_spec(name))
-    line = refused(capsys, 'executorch', '--checkpoint', tmp_path, '--output', tmp_path / 'out')
+    monkeypatch.setitem(sys.modules, 'executorch', None)
+    line = refused(capsys, 'executorch', '--output', tmp_path / 'out')
     assert line == "error: executorch needs executorch: pip install 'timm_mobileformer[executorch]'"
     assert not (tmp_path / 'out').exists()
 
 
 @needs('onnx')
-def test_a_file_that_answers_otherwise_is_not_kept(exported, trained, digits, tmp_path, monkeypatch, capsys):
-    (tmp_path / 'test_mobileformer.onnx').write_text('of before')
-    wrong = export.FORMATS['onnx']._replace(export=copies(exported[0] / 'test_mobileformer.int8.onnx'))
-    monkeypatch.setitem(export.FORMATS, 'onnx', wrong)
-    line = refused(capsys, 'onnx', '--checkpoint', trained, '--data-dir', digits, '--output', tmp_path)
-    assert line.startswith('error: onnx differs from PyTorch by 0.')
-    assert [path.name for path in tmp_path.iterdir()] == ['test_mobileformer.onnx']
-    assert (tmp_path / 'test_mobileformer.onnx').read_text() == 'of before'
-
-
-@needs('onnx')
-def test_int8_that_loses_accuracy_is_not_kept(exported, trained, digits, tmp_path, monkeypatch, capsys):
-    int8 = export.FORMATS['int8']._replace(export=copies(exported[0] / 'test_mobileformer.int8.onnx'))
-    monkeypatch.setitem(export.FORMATS, 'int8', int8)
-    line = refused(capsys, 'int8', '--checkpoint', trained, '--data-dir', digits, '--output', tmp_path,
-                   '--max-drop', -9)
-    assert re.fullmatch(r'error: int8 loses .* points of top-1, more than --max-drop', line)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize('name, more, problem', [
+    ('onnx', (), r'onnx differs from PyTorch by 0\..*'),
+    ('int8', ('--max-drop', -9), 'int8 loses .* points of top-1, more than --max-drop'),
+])
+def test_a_file_that_answers_otherwise_or_loses_accuracy_is_not_kept(
+        copied, finetuned, digits, tmp_path, capsys, name, more, problem):
+    copied(name, of='int8')
+    before = tmp_path / f'mobileformer_52m{export.FORMATS[name].suffix}'
+    before.write_text('of before')
+    line = refused(capsys, name, '--model', finetuned[0] / 'output/finetune', '--data-dir', digits,
+                   '--output', tmp_path, *more)
+    assert re.fullmatch('error: ' + problem, line)
+    assert list(tmp_path.iterdir()) == [before] and before.read_text() == 'of before'

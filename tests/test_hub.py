@@ -1,4 +1,4 @@
-"""Published weights: what hub_upload.py sends is what `pretrained=True` brings back, or nothing is.
+"""Published weights: what `timm-mobileformer publish` sends is what `pretrained=True` brings back, or nothing is.
 
 Clients are processes of their own, with the real huggingface_hub client and empty caches, which speak HTTP to
 hub_server.py. Weights are seeded numbers in the authors' layout.
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import pytest
 import timm
@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
+from timm.models import save_for_hf
 
 import timm_mobileformer  # noqa: F401
 
@@ -85,9 +86,13 @@ def clients(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clie
 
 
 def upload(*args: Any, token: str = 'hf_writer') -> str:
-    """Code that calls hub_upload.py as its command line does."""
-    argv = [*map(str, args), *(['--token', token] if token else [])]
-    return f'import sys, hub_upload; sys.exit(hub_upload.main({argv!r}))'
+    """Code that publishes as the command line does."""
+    argv = ['publish', *map(str, args), *(['--token', token] if token else [])]
+    return f'import sys; from timm_mobileformer.cli import main; sys.exit(main({argv!r}))'
+
+
+def weights(variant: str, file: Path) -> Tuple[Any, ...]:
+    return '--model', f'mobileformer_{variant}', '--checkpoint', file
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -113,10 +118,10 @@ except RuntimeError as e:
 
 
 def message(result: Result) -> str:
-    """The one line that hub_upload.py leaves a user with."""
+    """The one line that publishing leaves a user with."""
     assert result.status == 2, result.out
     assert 'Traceback' not in result.out
-    line, = re.findall(r'^hub_upload\.py: (.*)$', result.out, re.MULTILINE)
+    line, = re.findall(r'^error: (.*)$', result.out, re.MULTILINE)
     assert result.out.rstrip().endswith(line)
     return line
 
@@ -221,7 +226,7 @@ def test_weights_published_elsewhere_load_by_namespace_overlay_and_hub_name_at_a
         hub, clients, published, checkpoints, other, tmp_path):
     repo = repository('26m', 'others')
     sent = clients(tmp_path, {
-        'branch': upload('mobileformer_26m', '--checkpoint', other, '--namespace', 'others', '--revision', 'new'),
+        'branch': upload(*weights('26m', other), '--namespace', 'others', '--revision', 'new'),
     })
     assert sent['branch'].status == 0
     assert set(hub.files(repo)) == {'.gitattributes'}  # nothing on main
@@ -280,7 +285,7 @@ def test_missing_weights_give_one_error_with_the_repository_the_reason_and_three
         repo = repository('26m') if name in ('unreachable', 'offline') else f'others/{name}'
         assert f'Hugging Face repository {repo} (http://127.0.0.1:' in out
         assert reasons[name] in out, (name, out)
-        assert all(way in out for way in ('hub_upload.py', 'TIMM_MOBILEFORMER_HUB', "dict(file='FILE')"))
+        assert all(way in out for way in ('timm-mobileformer publish', 'TIMM_MOBILEFORMER_HUB', "dict(file='FILE')"))
         assert out.count('Three ways on') == 1 and 'cause: NoneType' not in out
     assert not (tmp_path / 'executed').exists()
     # nothing of a half-downloaded file is there to be taken for weights, and the next attempt works
@@ -330,7 +335,7 @@ def test_the_usage_in_the_model_card_runs(published, hub, clients, tmp_path):
 def test_publishing_again_changes_nothing_and_says_so(published, hub, clients, checkpoints, tmp_path):
     repo, file = repository('26m'), checkpoints / '26m.pth.tar'
     before = hub.load(repo)
-    result = clients(tmp_path, {'again': upload('mobileformer_26m', '--checkpoint', file)})['again']
+    result = clients(tmp_path, {'again': upload(*weights('26m', file))})['again']
     assert result.status == 0 and 'unchanged, the Hub holds these files already' in result.out
     assert hub.load(repo) == before
 
@@ -340,18 +345,25 @@ def test_private_repositories_pull_requests_and_names(hub, clients, checkpoints,
     tensors = timm.create_model('mobileformer_26m', num_classes=10).state_dict()
     ten = tmp_path / 'ten.pth.tar'
     torch.save({'state_dict': {k: v + 1 for k, v in tensors.items()}, 'state_dict_ema': tensors}, ten)
+    five = timm.create_model('mobileformer_26m', num_classes=5)
+    names = {'label_names': list('abcde'), 'pretrained_cfg': {'tag': 'finetuned'}}
+    save_for_hf(five, tmp_path / 'five', names, safe_serialization=True, data_config={'input_size': (3, 96, 96)})
     before = hub.load(repository('52m'))
     hub.create('others/pr')
     results = clients(tmp_path, {
-        'private': upload('mobileformer_26m', '--checkpoint', file, '--repo-id', 'others/mine', '--private'),
-        'public': upload('mobileformer_52m', '--checkpoint', checkpoints / '52m.pth.tar', '--private'),
-        'pr': upload('mobileformer_26m', '--checkpoint', file, '--repo-id', 'others/pr', '--create-pr'),
-        'ten': upload('mobileformer_26m', '--checkpoint', ten, '--namespace', 'others', '--tag', 'ten', '--use-ema'),
+        'private': upload(*weights('26m', file), '--repo-id', 'others/mine', '--private'),
+        'public': upload(*weights('52m', checkpoints / '52m.pth.tar'), '--private'),
+        'pr': upload(*weights('26m', file), '--repo-id', 'others/pr', '--create-pr'),
+        'five': upload('--model', tmp_path / 'five', '--namespace', 'others'),
+        'ten': upload(*weights('26m', ten), '--namespace', 'others', '--tag', 'ten', '--use-ema'),
     })
     assert results['private'].status == 0 and hub.load('others/mine')['private']
     assert 'is public already' in message(results['public']) and hub.load(repository('52m')) == before
     assert results['pr'].status == 0 and 'others/pr/discussions/1' in results['pr'].out
     assert set(hub.files('others/pr')) == {'.gitattributes'} and set(hub.files('others/pr', 'refs/pr/1')) == FILES
+    assert results['five'].status == 0
+    config = json.loads(hub.files('others/mobileformer_26m.finetuned')['config.json'])['pretrained_cfg']
+    assert config['label_names'] == list('abcde') and config['input_size'] == [3, 96, 96]
     assert results['ten'].status == 0
     files = hub.files('others/mobileformer_26m.ten')
     (tmp_path / 'ten.safetensors').write_bytes(files['model.safetensors'])
@@ -368,7 +380,7 @@ def test_a_dry_run_writes_what_would_be_sent_and_sends_nothing(published, hub, c
         os.symlink(checkpoints / f'{variant}.pth.tar', tmp_path / 'two' / f'{variant}.pth.tar')
     file = checkpoints / '26m.pth.tar'
     results = clients(tmp_path, {
-        'one': upload('mobileformer_26m', '--checkpoint', file, '--dry-run', tmp_path / 'one', token=''),
+        'one': upload(*weights('26m', file), '--dry-run', tmp_path / 'one', token=''),
         'all': upload('--all', tmp_path / 'two', '--dry-run', tmp_path / 'all', token=''),
     })
     assert results['one'].status == results['all'].status == 0, results
@@ -404,23 +416,23 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
         path.parent.mkdir(exist_ok=True)
         torch.save(tensors, path)
     reasons = {
-        'surplus': 'surplus: extra', 'missing': 'missing: stem.1.running_var', 'misshaped': 'tokens.weight (4, 128) instead',
+        'surplus': 'surplus: extra', 'missing': 'missing: stem.1.running_var', 'misshaped': 'tokens.weight (4, 128)',
         'nan': 'NaN or infinity in stages.1.1', 'explodes': 'answers NaN', 'classes': '7 classes', 'other': 'misshaped',
-        'list': 'no tensors by name', 'bomb': 'would run code', 'truncated': 'damaged', 'ema': 'no EMA weights',
+        'list': 'no tensors by name', 'bomb': 'would run code', 'truncated': 'damaged', 'ema': 'no averaged weights',
         'absent': 'no such file',
     }
     jobs = {
-        name: upload('mobileformer_26m', '--checkpoint', tmp_path / f'{name}.pth', '--namespace', 'others',
+        name: upload(*weights('26m', tmp_path / f'{name}.pth'), '--namespace', 'others',
                      *(['--use-ema'] if name == 'ema' else [])) for name in reasons
     }
     reasons.update({
         'damaged': 'damaged', 'twice': 'both of mobileformer_26m', 'namespace': 'bad name', 'folder': 'no such folder',
     })
     jobs.update({
-        'damaged': upload('mobileformer_26m', '--checkpoint', tmp_path / 'truncated.safetensors'),
+        'damaged': upload(*weights('26m', tmp_path / 'truncated.safetensors')),
         'twice': upload('--all', tmp_path / 'twice'),
         'folder': upload('--all', tmp_path / 'nowhere'),
-        'namespace': upload('mobileformer_26m', '--checkpoint', checkpoints / '26m.pth.tar', '--namespace', 'bad name'),
+        'namespace': upload(*weights('26m', checkpoints / '26m.pth.tar'), '--namespace', 'bad name'),
     })
     seen = len(hub.log)
     for name, result in clients(tmp_path / 'jobs', jobs).items():
@@ -445,7 +457,7 @@ def test_accuracy_on_real_images_is_compared_with_the_papers(hub, clients, check
     (tmp_path / 'unnamed' / 'cats').mkdir(parents=True)
     image.save(tmp_path / 'unnamed' / 'cats' / '1.png')
     results = clients(tmp_path / 'jobs', {
-        name: upload('mobileformer_26m', '--checkpoint', file, '--dry-run', tmp_path / f'files-{name}', '--validate',
+        name: upload(*weights('26m', file), '--dry-run', tmp_path / f'files-{name}', '--validate',
                      tmp_path / folder, *more)
         for name, folder, *more in (('right', 'right'), ('wrong', 'wrong'), ('forced', 'wrong', '--force'),
                                     ('unnamed', 'unnamed'))
@@ -477,7 +489,7 @@ def test_a_failure_at_any_step_gives_one_line_and_leaves_the_hub_as_it_was(publi
                 shutil.copytree(base, hub.folder / repo)
             hub.faults[repo, step] = fault
             before[step, fault] = snapshot(hub, repo)
-            jobs[f'{step}-{fault}'] = upload('mobileformer_26m', '--checkpoint', other, '--repo-id', repo)
+            jobs[f'{step}-{fault}'] = upload(*weights('26m', other), '--repo-id', repo)
     results = clients(tmp_path, jobs)
     for (step, fault), state in before.items():
         result = results[f'{step}-{fault}']
@@ -487,10 +499,10 @@ def test_a_failure_at_any_step_gives_one_line_and_leaves_the_hub_as_it_was(publi
     hub.create('others/unverified')
     hub.faults['others/unverified', 'head'] = 403
     readers = {
-        name: upload('mobileformer_26m', '--checkpoint', other, '--namespace', 'others', token=token)
+        name: upload(*weights('26m', other), '--namespace', 'others', token=token)
         for name, token in (('stranger', 'hf_unknown'), ('reader', 'hf_reader'), ('nobody', ''))
     }
-    readers['unverified'] = upload('mobileformer_26m', '--checkpoint', other, '--repo-id', 'others/unverified')
+    readers['unverified'] = upload(*weights('26m', other), '--repo-id', 'others/unverified')
     state = snapshot(hub, repository('26m', 'others'))
     results = clients(tmp_path, readers)
     assert '(401)' in message(results['stranger']) and '(403)' in message(results['reader'])
@@ -508,7 +520,7 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(published, hub,
         hub.commit(repo, 'main', {'notes.txt': hub.keep(repo, b'by somebody else')}, 'notes')
 
     hub.faults[repo, 'preupload'] = commit_first
-    result = clients(tmp_path, {'late': upload('mobileformer_26m', '--checkpoint', other, '--repo-id', repo)})['late']
+    result = clients(tmp_path, {'late': upload(*weights('26m', other), '--repo-id', repo)})['late']
     assert 'somebody else changed it meanwhile (412)' in message(result)
     assert hub.files(repo) == {**hub.files(repository('26m')), 'notes.txt': b'by somebody else'}
 
@@ -522,10 +534,10 @@ def test_an_upload_killed_at_any_step_leaves_nothing_visible_and_completes_when_
     for step in STEPS:
         name = f'killed-{step}'
         hub.faults[f'others/{name}', step] = kill(name)
-        jobs[name] = upload('mobileformer_26m', '--checkpoint', other, '--repo-id', f'others/{name}')
+        jobs[name] = upload(*weights('26m', other), '--repo-id', f'others/{name}')
     shutil.copytree(hub.folder / repository('26m'), hub.folder / 'others/lost')
     hub.faults['others/lost', 'commit'] = 'lose'
-    jobs['lost'] = upload('mobileformer_26m', '--checkpoint', other, '--repo-id', 'others/lost')
+    jobs['lost'] = upload(*weights('26m', other), '--repo-id', 'others/lost')
     reading = {'hf_hub_id': repository('52m')}
     hub.faults[repository('52m'), 'get'] = kill('reader')
     jobs['reader'] = load('mobileformer_52m', cache=tmp_path / 'cache', pretrained_cfg_overlay=reading)
@@ -551,8 +563,8 @@ tempfile.tempdir = {str(tmp_path / 'tmp')!r}
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 '''
     jobs = {
-        'publish': full + upload('mobileformer_26m', '--checkpoint', file, '--repo-id', 'others/full'),
-        'dry': full + upload('mobileformer_26m', '--checkpoint', file, '--dry-run', tmp_path / 'dry'),
+        'publish': full + upload(*weights('26m', file), '--repo-id', 'others/full'),
+        'dry': full + upload(*weights('26m', file), '--dry-run', tmp_path / 'dry'),
     }
     for result in clients(tmp_path / 'jobs', jobs).values():
         assert 'free some space' in message(result)

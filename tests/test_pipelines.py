@@ -15,15 +15,6 @@ from torchvision.transforms.functional import to_tensor
 
 import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.detection import fpn_backbone
-from timm_mobileformer.digits import write_digits
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory):
-    pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
-    folder = tmp_path_factory.mktemp('digits')
-    write_digits(folder)
-    return folder
 
 
 @pytest.fixture(scope='module')

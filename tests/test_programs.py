@@ -1,4 +1,4 @@
-"""`python -m timm_mobileformer` beside plain `python`, the recipes, and timm's own programs on real images.
+"""The recipes, and timm's own programs on real images, which know nothing of this package.
 
 timm's programs are not in its wheel: what runs them needs TIMM_REPO, the path of a checkout of timm. They run on the
 installed timm, whichever the checkout is of.
@@ -16,16 +16,6 @@ import pytest
 import yaml
 
 RECIPES = Path(__file__).parents[1] / 'timm_mobileformer' / 'recipes'
-VARIANTS = {  # parameters, the paper's MACs in millions and its top-1
-    'mobileformer_26m': (3_232_788, 26, 64.0),
-    'mobileformer_52m': (3_469_092, 52, 68.7),
-    'mobileformer_96m': (4_585_252, 96, 72.8),
-    'mobileformer_151m': (7_595_828, 151, 75.2),
-    'mobileformer_214m': (9_425_920, 214, 76.7),
-    'mobileformer_294m': (11_422_648, 294, 77.9),
-    'mobileformer_508m': (13_976_976, 508, 79.3),
-}
-PREFIX = [sys.executable, '-m', 'timm_mobileformer']
 ON_32PX = ['--model', 'test_mobileformer', '--num-classes', '10', '--img-size', '32']
 ON_CPU = ['--device', 'cpu', '--workers', '1']
 
@@ -42,45 +32,6 @@ def output(*command, **env):
     return run.stdout
 
 
-# A script through the prefix is a script called directly
-
-SCRIPTS = {
-    'arguments': 'import sys; print(sys.argv, sys.path[0], __name__, __file__, __spec__)',
-    'status': 'import sys; sys.exit(3)',
-    'message': 'import sys; sys.exit("no such data set")',
-    'traceback': 'def f():\n  raise ValueError("bad")\ntry:\n  f()\nexcept ValueError as e:\n  raise KeyError from e',
-    'syntax': 'def (',
-    'wrong argument': 'import argparse; argparse.ArgumentParser().parse_args()',
-}
-
-
-@pytest.mark.parametrize('source', SCRIPTS.values(), ids=SCRIPTS)
-def test_script_runs_as_if_called_directly(tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'folder').mkdir()
-    (tmp_path / 'folder' / 'script.py').write_text(source)
-    command = ['folder/script.py', '--model', 'mobileformer_26m', '--', '-c']
-    direct, prefixed = execute(sys.executable, *command), execute(*PREFIX, *command)
-    assert (prefixed.returncode, prefixed.stdout, prefixed.stderr) == (direct.returncode, direct.stdout, direct.stderr)
-
-
-def test_missing_script_is_reported_as_python_does():
-    direct, prefixed = execute(sys.executable, 'nowhere.py'), execute(*PREFIX, 'nowhere.py')
-    assert (prefixed.returncode, prefixed.stderr) == (direct.returncode, direct.stderr)
-
-
-def test_script_has_the_models_where_pytorch_loads_no_plugins(tmp_path):
-    script = tmp_path / 'script.py'
-    script.write_text(
-        'import multiprocessing, timm\n'
-        'def name(_):\n'
-        "    return type(timm.create_model('test_mobileformer')).__name__\n"
-        "if __name__ == '__main__':\n"
-        "    with multiprocessing.get_context('fork').Pool(1) as pool:\n"
-        '        print(name(0), pool.map(name, [0]))\n')
-    assert output(*PREFIX, script, TORCH_DEVICE_BACKEND_AUTOLOAD='0') == "MobileFormer ['MobileFormer']\n"
-
-
 def test_torchrun(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
@@ -94,26 +45,8 @@ def test_torchrun(tmp_path):
         'del model\n'  # it holds the process group, whose threads may not outlive the interpreter
         'dist.destroy_process_group()\n')
     output(
-        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
-        '-m', 'timm_mobileformer', script, tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', script, tmp_path)
     assert [(tmp_path / rank).read_text() for rank in '01'] == ['True', 'True']
-
-
-def test_alone_it_lists_the_models():
-    lines = {line.split()[0]: line.split() for line in output(*PREFIX).splitlines() if re.match('[a-z_]*former', line)}
-    assert list(lines) == ['test_mobileformer', *VARIANTS]
-    for name, (params, macs, top1) in VARIANTS.items():
-        _, found_params, found_macs, _, found_top1, source = lines[name]
-        assert int(found_params.replace(',', '')) == params
-        assert 0.85 * macs < float(found_macs) <= macs
-        assert float(found_top1) == top1
-        assert source.endswith(f'/{name}.ms_in1k')
-
-
-def test_unknown_option_is_one_line_and_status_2():
-    run = execute(*PREFIX, '--list')
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1] == 'python -m timm_mobileformer: error: unrecognized arguments: --list'
 
 
 # Recipes
@@ -140,17 +73,6 @@ def test_recipes_are_the_authors():
     }
 
 
-def test_recipe_is_found_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path('script.py').write_text("import sys; print(*sys.argv[1:], sep='\\n')")
-    Path('finetune').write_text('epochs: 1')  # the user's own file comes first
-    args = ['-c', 'finetune', '--config', 'mobileformer_52m', '--model', 'mobileformer_52m', '-c', 'nothing']
-    found = output(*PREFIX, 'script.py', *args).splitlines()
-    assert yaml.safe_load(Path(found.pop(3)).read_text())['model'] == 'mobileformer_52m'
-    del args[3]
-    assert found == args
-
-
 # timm's programs
 
 @pytest.fixture(scope='session')
@@ -162,19 +84,10 @@ def timm_repo():
 
 @pytest.fixture
 def program(timm_repo, tmp_path, monkeypatch):
-    """Runs a program of timm's by its name, through the prefix, and returns what it printed."""
+    """Runs a program of timm's by its name and returns what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PYTHONSAFEPATH', '1')  # the installed timm, not the one beside the program
-    return lambda name, *args: output(*PREFIX, timm_repo / name, *args)
-
-
-@pytest.fixture(scope='session')
-def digits(timm_repo, tmp_path_factory):
-    pytest.importorskip('sklearn')
-    from timm_mobileformer.digits import write_digits
-    root = tmp_path_factory.mktemp('digits')
-    write_digits(root)
-    return root
+    return lambda name, *args: output(sys.executable, timm_repo / name, *args)
 
 
 @pytest.fixture(scope='session')
@@ -194,7 +107,8 @@ def mnist(timm_repo, tmp_path_factory):
 def recipe_args(data, epochs):
     """What fits the authors' recipe to small digits and to few epochs."""
     return [
-        '--config', 'mobileformer_26m', *ON_32PX, *ON_CPU, '--data-dir', data, '--epochs', epochs, '--warmup-epochs', 1,
+        '--config', RECIPES / 'mobileformer_26m.yaml', *ON_32PX, *ON_CPU, '--data-dir', data, '--epochs', epochs,
+        '--warmup-epochs', 1,
         '--cooldown-epochs', 0, '--batch-size', 32, '--lr', 0.005, '--hflip', 0, '--scale', 0.7, 1, '--log-interval', 1,
     ]
 
@@ -214,11 +128,10 @@ def top1_of(printed):
 
 @pytest.fixture(scope='session')
 def trained(timm_repo, digits, tmp_path_factory):
-    """A model that train.py, called without the prefix, trained on the digits with a recipe."""
+    """A model that train.py trained on the digits with a recipe."""
     out = tmp_path_factory.mktemp('trained')
-    args = [str(a) for a in recipe_args(digits, 8)]
-    args[1] = str(RECIPES / f'{args[1]}.yaml')
-    output(sys.executable, timm_repo / 'train.py', *args, '--output', out, '--experiment', 'run', PYTHONSAFEPATH='1')
+    output(sys.executable, timm_repo / 'train.py', *recipe_args(digits, 8), '--output', out, '--experiment', 'run',
+           PYTHONSAFEPATH='1')
     return out / 'run'
 
 
@@ -235,7 +148,7 @@ def test_recipe_is_what_the_parser_of_train_py_accepts(timm_repo, recipe):
     assert {key: accepted[key] for key in values} == values
 
 
-def test_plain_train_py_learns_the_digits(trained):
+def test_train_py_learns_the_digits(trained):
     assert max(top1_by_epoch(trained).values()) > 80
 
 
@@ -245,21 +158,22 @@ def test_validate_reports_what_training_did(program, digits, trained):
 
 
 def test_fine_tuning_recipe_carries_mnist_to_the_digits(program, digits, mnist):
-    """One data set to the other, layer by layer slower, and the averaged weights are what is validated."""
+    """One data set to the other, layer by layer slower."""
     program('train.py', *recipe_args(mnist, 8), '--output', '.', '--experiment', 'mnist')
     assert max(top1_by_epoch(Path('mnist')).values()) > 70
     program(
-        'train.py', '--config', 'finetune', *ON_32PX, *ON_CPU, '--data-dir', digits, '--epochs', 6,
+        'train.py', '--config', RECIPES / 'finetune.yaml', *ON_32PX, *ON_CPU, '--data-dir', digits, '--epochs', 6,
         '--warmup-epochs', 1, '--batch-size', 32, '--lr', 0.003, '--hflip', 0, '--scale', 0.7, 1, '--output', '.',
         '--experiment', 'digits', '--pretrained', '--pretrained-path', 'mnist/model_best.pth.tar')
     best = max(top1_by_epoch(Path('digits')).values())
     assert best > 80
-    printed = program('validate.py', *validate_args(digits, 'digits/model_best.pth.tar'), '--use-ema')
+    printed = program('validate.py', *validate_args(digits, 'digits/model_best.pth.tar'))
     assert top1_of(printed) == pytest.approx(best, abs=1e-4)
 
 
 def test_resume_after_a_kill_in_mid_epoch_loses_no_finished_epoch(timm_repo, digits, tmp_path):
-    command = [*PREFIX, timm_repo / 'train.py', *recipe_args(digits, 4), '--output', tmp_path, '--experiment', 'run']
+    command = [
+        sys.executable, timm_repo / 'train.py', *recipe_args(digits, 4), '--output', tmp_path, '--experiment', 'run']
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'}
     with subprocess.Popen(
             [str(c) for c in command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as train:

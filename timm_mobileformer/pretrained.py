@@ -77,7 +77,7 @@ def explain_missing_weights(variant: str, kwargs: Dict[str, Any]) -> Iterator[No
         hub = f'the Hugging Face repository {cfg.hf_hub_id} ({constants.ENDPOINT})'
         raise RuntimeError(
             f'{variant}: no weights from {hub if source == "hf-hub" else location}: {why(error)}. Three ways on:\n'
-            f'  - publish them: python hub_upload.py {variant} --checkpoint FILE\n'
+            f'  - publish them: timm-mobileformer publish --model {variant} --checkpoint FILE\n'
             f'  - take them from another namespace: TIMM_MOBILEFORMER_HUB=NAMESPACE in the environment,'
             f" or pretrained_cfg_overlay=dict(hf_hub_id='NAMESPACE/{variant}.ms_in1k')\n"
             f"  - load a local checkpoint: pretrained_cfg_overlay=dict(file='FILE')"

@@ -1,19 +1,9 @@
-"""What a Mobile-Former costs beside the timm models that one would pick instead: a table and a plot.
-
-    python -m timm_mobileformer.benchmark --threads 1 --output output/benchmark
-    python -m timm_mobileformer.benchmark --models mobileformer_294m efficientnet_b0 --runtimes eager compile onnx
-
-Every model runs as trained and, where `timm.utils.reparameterize_model` changes it, fused. All of them take turns, in
-another order every round, so that whatever else the machine does hits all alike. Weights are random: they matter to
-accuracy, which is quoted, not to time.
-"""
+"""What models cost beside each other: a table and a plot."""
 import argparse
-import importlib.util
 import os
 import platform
 import random
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -23,28 +13,30 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models import get_pretrained_cfg, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.collect_env import get_cpu_info
 from torch.utils.collect_env import run as run_command
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from . import mobileformer as _mobileformer  # noqa: F401  registers the models
-from .pretrained import PAPER_TOP1
+import timm_mobileformer  # noqa: F401  registers the models
+from timm_mobileformer.pretrained import PAPER_TOP1
+
+from .files import save_figure, whole
+from .load import find_model, pick_device, size_args
+from .options import RUNTIMES
+from .terminal import InputError, progress, reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['OperatorCounter', 'count_macs', 'saved_for_backward']
+__all__ = ['count_macs', 'run', 'saved_for_backward']
 
 # Weights of the timm models, the image size they were scored at, and ImageNet-1k top-1 in percent from
 # results/results-imagenet.csv in timm's repository: the default weights, or where those were made for larger images,
@@ -61,37 +53,6 @@ PEERS: Dict[str, Tuple[str, int, float]] = {
     'efficientformerv2_s0': ('snap_dist_in1k', 224, 76.102),
     'fastvit_t8': ('apple_in1k', 256, 76.184),
 }
-RUNTIMES = {'eager': 'PyTorch eager', 'compile': 'torch.compile', 'onnx': 'ONNX Runtime'}
-
-
-class OperatorCounter(TorchDispatchMode):
-    """Counts the operators that run while it is active, and the bytes of the tensors they read and write.
-
-    An operator counts if it computes something: if its result is no view of what it was given, or if it writes into
-    that. Under `torch.inference_mode()` a linear layer, a convolution or an attention is one operator.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels = 0
-        self.traffic = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        storages = {t.untyped_storage()._cdata for t in read}
-        if func._schema.is_mutable or any(t.untyped_storage()._cdata not in storages for t in written):
-            self.kernels += 1
-            self.traffic += sum(t.nbytes for t in read + written)
-        return out
-
-
-def count_operators(model: nn.Module, x: torch.Tensor) -> OperatorCounter:
-    """Operators of one inference of images (B, C, H, W)."""
-    with torch.inference_mode(), OperatorCounter() as counter:
-        model.eval()(x)
-    return counter
 
 
 def count_macs(model: nn.Module, x: torch.Tensor) -> float:
@@ -131,7 +92,6 @@ class Row:
     x: torch.Tensor
     params: int
     macs: float
-    kernels: int
     saved: Optional[float]
     runs: Dict[str, Callable[[], Any]] = field(default_factory=dict)
     seconds: Dict[str, List[float]] = field(default_factory=dict)
@@ -154,8 +114,7 @@ def published(name: str) -> Optional[Tuple[float, str]]:
 def load(name: str, size: int, device: torch.device) -> nn.Module:
     """A model with random weights whose activations are of ordinary size, since denormal numbers are slow."""
     torch.manual_seed(0)
-    size_args = {k: v for k, v in resolve_model_input_args(name, {'img_size': size}).items() if k == 'img_size'}
-    model = timm.create_model(name, device=device, **size_args)
+    model = timm.create_model(name, device=device, **size_args(name, {'img_size': size}))
     momenta = {}
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -185,12 +144,10 @@ def make_rows(
     as_trained = 0
     for fused in False, True:
         net = reparameterize_model(model) if fused else model
-        kernels = count_operators(net, images[:1]).kernels
-        if kernels != as_trained:
-            params = sum(p.numel() for p in net.parameters())
-            macs = count_macs(net, images[:1])
-            yield Row(name, fused, net, images[:batch], params, macs, kernels, None if fused else saved)
-        as_trained = kernels
+        params = sum(p.numel() for p in net.parameters())
+        if params != as_trained:
+            yield Row(name, fused, net, images[:batch], params, count_macs(net, images[:1]), None if fused else saved)
+        as_trained = params
 
 
 def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
@@ -229,12 +186,12 @@ def measure(rows: List[Row], rounds: int, device: torch.device) -> None:
 
     turns = [(row, runtime) for row in rows for runtime in row.runs]
     with many_compiled():
-        for row, runtime in tqdm(turns, 'warming up'):
+        for row, runtime in progress(turns, 'warming up'):
             for _ in range(3):
                 row.runs[runtime]()
             row.seconds[runtime] = []
     shuffle = random.Random(0).shuffle
-    for _ in tqdm(range(rounds), 'measuring', unit='round'):
+    for _ in progress(range(rounds), 'measuring', unit='round'):
         shuffle(turns)
         for row, runtime in turns:
             row.runs[runtime]()  # brings its weights into the caches
@@ -257,7 +214,7 @@ def describe(device: torch.device, threads: int) -> str:
 def make_table(rows: List[Row], heading: str) -> str:
     """The rows as a table in Markdown, and what its columns mean."""
     runtimes = list(rows[0].runs)
-    header = ['model', 'image', 'parameters, M', 'MACs, M', 'top-1, %', 'top-1 by', 'kernels']
+    header = ['model', 'image', 'parameters, M', 'MACs, M', 'top-1, %', 'top-1 by']
     header += [f'{RUNTIMES[r]}, ms' for r in runtimes] + ['training, MB']
     lines = [header, ['---'] * 2 + ['---:'] * 3 + ['---'] + ['---:'] * (len(header) - 6)]
     for row in rows:
@@ -270,7 +227,6 @@ def make_table(rows: List[Row], heading: str) -> str:
             f'{row.macs / 1e6:.0f}',
             f'{top1[0]:.1f}' if top1 else '–',
             top1[1] if top1 else '–',
-            str(row.kernels),
             *(f'{median:.1f} ({low:.1f}–{high:.1f})' for low, median, high in times),
             '–' if row.saved is None else f'{row.saved / 1e6:.1f}',
         ])
@@ -283,7 +239,6 @@ def make_table(rows: List[Row], heading: str) -> str:
 - MACs: multiply-adds of convolutions and matrix products, half of what PyTorch's `FlopCounterMode` counts.
 - top-1: on ImageNet-1k, quoted and not measured here; from the paper (arXiv 2108.05895), or from timm's
   `results/results-imagenet.csv` with the weights and the image size named.
-- kernels: operators of one inference in eager PyTorch, without those that only return a view.
 - ms: median (quartiles) for the whole batch.
 - training: bytes kept for the backward pass for each image, parameters not included.
 """
@@ -335,7 +290,7 @@ def draw(rows: List[Row], heading: str, path: Path) -> None:
     figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
     for axes, runtime in zip(panels, runtimes, strict=True):
         place(axes, {name: (row.latency(runtime), accuracy[name]) for name, row in fastest.items()})
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def place(axes: 'Axes', points: Dict[str, Tuple[List[float], float]]) -> None:
@@ -374,90 +329,37 @@ def place(axes: 'Axes', points: Dict[str, Tuple[List[float], float]]) -> None:
         taken.extend([label.get_window_extent()] * 3)
 
 
-def refuse(reason: str) -> NoReturn:
-    print(f'error: {reason}', file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_mobileformer.benchmark', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', metavar='NAME', default=[*PAPER_TOP1, *PEERS],
-                        help='models of timm (default: the Mobile-Formers and ten others)')
-    parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, metavar='RUNTIME',
-                        help=f'of {", ".join(RUNTIMES)} (default: eager and onnx on a CPU, else eager); compiling '
-                             'takes up to a minute for each row')
-    parser.add_argument('--batch', type=int, default=1, metavar='N', help='images at a time (default: 1)')
-    parser.add_argument('--size', type=int, metavar='N',
-                        help='of the images (default: that of the published accuracy, 224 for nearly all)')
-    parser.add_argument('--channels-last', action='store_true', help='maps in PyTorch lie as (B, H, W, C)')
-    parser.add_argument('--rounds', type=int, default=50, metavar='N', help='measurements of each row (default: 50)')
-    parser.add_argument('--threads', type=int, default=1, metavar='N', help='of the CPU (default: 1)')
-    parser.add_argument('--device', default='cpu', help='default: cpu')
-    parser.add_argument('--output', type=Path, default=Path('output/benchmark'), metavar='DIR',
-                        help='folder for table.md and plot.png (default: output/benchmark)')
-    args = parser.parse_args()
-
-    for name, least in dict(batch=1, size=32, rounds=2, threads=1).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            refuse(f'--{name} must be at least {least}, not {value}')
-    unknown = [name for name in args.models if not timm.is_model(name)]
-    if unknown:
-        refuse(f'timm knows no model {", ".join(unknown)}; timm.list_models() names those it knows')
-    try:
-        args.device = torch.device(args.device)
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        refuse(f'--device {args.device}: {str(e).splitlines()[0]}')
-    on_cpu = args.device.type == 'cpu'
-    args.runtimes = list(dict.fromkeys(args.runtimes or (['eager', 'onnx'] if on_cpu else ['eager'])))
-    needed = {'matplotlib': 'demo'}
-    if 'onnx' in args.runtimes:
-        if not on_cpu:
-            refuse(f'ONNX Runtime is measured on the CPU, not on {args.device}; leave onnx out of --runtimes')
-        needed.update(onnx='export', onnxruntime='export')
-    for module, extra in needed.items():
-        if importlib.util.find_spec(module) is None:
-            refuse(f"{module} is not installed; pip install 'timm_mobileformer[{extra}]' brings it")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        refuse(f'--output {args.output}: {e.strerror}')
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    rows: List[Row] = []
+def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """The rows of a model, ready to be measured."""
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    with tqdm(args.models, 'preparing') as bar:
-        for name in bar:
-            bar.set_postfix_str(name)
-            cfg: Any = get_pretrained_cfg(name)
-            size = args.size or (PEERS[name][1] if name in PEERS else cfg.input_size[-1])
-            for row in make_rows(name, size, args.batch, args.device, memory_format):
-                row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
-                rows.append(row)
-    measure(rows, args.rounds, args.device)
+    published_at = PEERS[name][1] if name in PEERS else None
+    cfg = resolve_model_input_args(name)['pretrained_cfg']
+    size = args.img_size or published_at or cfg['input_size'][-1]
+    for row in make_rows(name, size, args.batch_size, device, memory_format):
+        row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
+        yield row
 
+
+def run(args: argparse.Namespace) -> None:
+    names = [find_model(name) for name in args.model or [*PAPER_TOP1, *PEERS]]
+    device = pick_device(args)
+    torch.set_num_threads(args.threads)
     versions = f'PyTorch {torch.__version__}, timm {timm.__version__}'
     if 'onnx' in args.runtimes:
         import onnxruntime
         versions += f', ONNX Runtime {onnxruntime.__version__}'
     maps = 'float32, channels-last' if args.channels_last else 'float32'
-    heading = f'{describe(args.device, args.threads)}; batch of {args.batch}, {maps}; {versions}; {date.today()}'
-    table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
-    print(table)
-    try:
-        draw(rows, heading, args.output / 'plot.png')
-        (args.output / 'table.md').write_text(table, encoding='utf-8')
-    except OSError as e:
-        refuse(str(e))
+    heading = f'{describe(device, args.threads)}; batch of {args.batch_size}, {maps}; {versions}; {date.today()}'
+    with whole(args.output) as folder:
+        rows: List[Row] = []
+        for name in progress(names, 'preparing', unit='model'):
+            try:
+                rows += prepare(name, args, device)
+            except Exception as e:  # models fail in ways of their own
+                raise InputError(f'{name} cannot be measured: {reason(e)}') from e
+        measure(rows, args.rounds, device)
+        table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
+        print(table)
+        draw(rows, heading, folder / 'plot.png')
+        (folder / 'table.md').write_text(table, encoding='utf-8')
     print(f'written to {args.output}: plot.png, table.md')
-
-
-if __name__ == '__main__':
-    main()

@@ -1,9 +1,4 @@
-"""Real data that needs no download: the 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn.
-
-    python -m timm_mobileformer.digits FOLDER
-"""
-import argparse
-import sys
+"""Real data that needs no download: the 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn."""
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,20 +49,3 @@ def folder_or_digits(folder: Optional[Path]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         write_digits(Path(temporary))
         yield Path(temporary)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_mobileformer.digits',
-        description='Write the handwritten digits of scikit-learn as class folders, a fifth of every class held out.')
-    parser.add_argument('folder', type=Path)
-    args = parser.parse_args()
-    try:
-        write_digits(args.folder)
-    except (ModuleNotFoundError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == '__main__':
-    main()

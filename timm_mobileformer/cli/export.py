@@ -1,38 +1,29 @@
-"""From a fine-tuned checkpoint to files that run on devices, each checked against PyTorch on the held-out images.
-
-    python -m timm_mobileformer.export onnx --checkpoint output/finetune --data-dir FOLDER
-    python -m timm_mobileformer.export all --checkpoint output/finetune --data-dir FOLDER
-
-`all` exports for every runtime that is installed. The checkpoint is the folder that `python -m
-timm_mobileformer.finetune` wrote, or a file of weights with `--model`; FOLDER is the one it was given, without it the
-digits. Every run ends with a table of size, accuracy and latency.
+"""From a fine-tuned model to files that run on devices, each checked against PyTorch on the held-out images.
 
 The exporters are the libraries' own. What they are given is the reparameterized model, and what they write takes
 normalized images (B, C, H, W) as the model does.
 """
 import argparse
 import math
-import os
-import shutil
 import statistics
-import sys
 import tempfile
-import textwrap
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
-import timm
 import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 from timm.utils.onnx import onnx_export
-from tqdm import tqdm
 
+from .data import Data, Pictures, check_images, open_data
 from .digits import folder_or_digits
-from .finetune import InputError, check_images, open_data, some
+from .files import whole
+from .load import load_model
+from .terminal import InputError, progress, some
+
+__all__ = ['run']
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 NUM_CALIBRATION = 256  # images
@@ -195,62 +186,39 @@ class Format(NamedTuple):
     suffix: str
     export: Callable[[nn.Module, torch.Tensor, Path], None]
     load: Callable[[Path, int], Run]
-    modules: Tuple[str, ...] = ()  # what it needs
-    extra: str = ''  # and which extra of this package brings that
 
 
-ONNX = ('onnx', 'onnxscript', 'onnxruntime')
 FORMATS = {
-    'onnx': Format('ONNX Runtime', '.onnx', to_onnx, load_onnx, ONNX, 'export'),
-    'int8': Format('ONNX Runtime, int8', '.int8.onnx', to_int8, load_onnx, ONNX, 'export'),
-    'openvino': Format('OpenVINO', '.xml', to_openvino, load_openvino, ('openvino',), 'openvino'),
-    'executorch': Format('ExecuTorch, XNNPACK', '.pte', to_executorch, load_executorch, ('executorch',), 'executorch'),
+    'onnx': Format('ONNX Runtime', '.onnx', to_onnx, load_onnx),
+    'int8': Format('ONNX Runtime, int8', '.int8.onnx', to_int8, load_onnx),
+    'openvino': Format('OpenVINO', '.xml', to_openvino, load_openvino),
+    'executorch': Format('ExecuTorch, XNNPACK', '.pte', to_executorch, load_executorch),
     'aoti': Format('AOTInductor', '.pt2', to_aoti, load_aoti),
 }
 
 
-def lacks(name: str) -> str:
-    """What this machine lacks for a format, and what brings it; '' if nothing."""
-    form = FORMATS[name]
-    missing = [module for module in form.modules if find_spec(module) is None]
-    if missing:
-        return f"{name} needs {', '.join(missing)}: pip install 'timm_mobileformer[{form.extra}]'"
-    if name == 'aoti' and not shutil.which(os.environ.get('CXX', 'g++')):
-        return 'aoti needs a C++ compiler: install g++, or name one in the environment variable CXX'
-    return ''
-
-
-def load_model(checkpoint: Path, name: Optional[str], classes: List[str]) -> Any:
-    if not checkpoint.exists():
-        raise InputError(f'no such checkpoint: {checkpoint}')
-    if checkpoint.is_file() and not name:
-        raise InputError(f'--model must say which model the weights in {checkpoint} are of')
-    try:
-        if name and checkpoint.is_file():
-            model: Any = timm.create_model(name, num_classes=len(classes), checkpoint_path=str(checkpoint))
-        else:
-            model = timm.create_model(f'local-dir:{checkpoint}', pretrained=True)
-    except Exception as e:  # files and models fail in ways of their own
-        reason = textwrap.shorten(str(e) or type(e).__name__, 600)
-        raise InputError(f'{checkpoint} cannot be loaded: {reason}') from e
-    known = model.pretrained_cfg.get('label_names', classes)
-    if list(known) != classes or model.num_classes != len(classes):
-        raise InputError(f'{checkpoint} has {model.num_classes} classes ({some(known)}), '
-                         f'the data {len(classes)} ({some(classes)})')
-    return model.eval()
+def load_trained(args: argparse.Namespace, classes: List[str]) -> Any:
+    """The model to export, which must know these classes."""
+    model = load_model(args).eval()
+    known = list(model.pretrained_cfg.get('label_names') or ())
+    if model.num_classes != len(classes) or known and known != classes:
+        raise InputError(f'{args.checkpoint or args.model} has {model.num_classes:,} classes '
+                         f'({some(known) or "without names"}), the data {len(classes):,} ({some(classes)}); '
+                         'give the --data-dir that it was trained on')
+    return model
 
 
 @torch.inference_mode()
 def run_all(run: Run, loader: Any, desc: str) -> torch.Tensor:
     """Logits (N, classes) of all images, in the order of the dataset."""
-    return torch.cat([run(images) for images, _ in tqdm(loader, desc, leave=False)])
+    return torch.cat([run(images) for images, _ in progress(loader, desc)])
 
 
 @torch.inference_mode()
 def latencies(runs: Dict[str, Run], image: torch.Tensor, rounds: int = 50) -> Dict[str, float]:
     """Median milliseconds for one image, taken in turns so that a busy machine hits all alike."""
     times: Dict[str, List[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(rounds), 'latency', leave=False):
+    for _ in progress(range(rounds), 'latency'):
         for name, run in runs.items():
             run(image)  # warm caches, which the runtime before has filled
             start = time.perf_counter()
@@ -259,22 +227,24 @@ def latencies(runs: Dict[str, Run], image: torch.Tensor, rounds: int = 50) -> Di
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def export(args: argparse.Namespace) -> None:
-    names = list(FORMATS) if 'all' in args.formats else list(dict.fromkeys(args.formats))
-    problems = {name: problem for name in names if (problem := lacks(name))}
-    if problems and ('all' not in args.formats or len(problems) == len(names)):
-        raise InputError('; '.join(problems.values()))
-    train, held_out, classes = open_data(args.data_dir)
-    model = load_model(args.checkpoint, args.model, classes)
+def make_loaders(args: argparse.Namespace, data: Data, data_config: Dict[str, Any]) -> Tuple[Any, Any]:
+    """Batches of the held-out images, and of some to train on, which calibrate."""
+    some_to_train_on = Pictures(data.train.samples[::math.ceil(len(data.train) / NUM_CALIBRATION)])
+    check_images([path for side in (some_to_train_on, data.held_out) for path, _ in side.samples], args.workers)
+    held_out, calibration = (
+        create_loader(
+            dataset, batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
+            device=torch.device('cpu'), **data_config)
+        for dataset in (data.held_out, some_to_train_on))
+    return held_out, calibration
+
+
+def export(args: argparse.Namespace, data: Data) -> None:
+    model = load_trained(args, data.classes)
     architecture = model.pretrained_cfg['architecture']
     torch.set_num_threads(args.threads)
-
     data_config = resolve_model_data_config(model, vars(args))
-    train.reader.samples = train.reader.samples[::math.ceil(len(train) / NUM_CALIBRATION)]
-    loader, calibration_loader = (
-        create_loader(dataset, batch_size=32, num_workers=args.workers, device=torch.device('cpu'), **data_config)
-        for dataset in (held_out, train))
-    check_images([train, held_out], args.workers)
+    loader, calibration_loader = make_loaders(args, data, data_config)
     images = torch.cat([images for images, _ in calibration_loader])
     targets = torch.cat([target for _, target in loader])
     reference = run_all(model, loader, 'PyTorch')
@@ -285,11 +255,10 @@ def export(args: argparse.Namespace) -> None:
     runs: Dict[str, Run] = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
     rows = {title: ['', f'{sum(t.nbytes for t in net.state_dict().values()) / 1e6:.2f}', f'{wanted_top1:.2f}', '']
             for title, net in zip(runs, (model, plain), strict=True)}
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name in tqdm([name for name in names if name not in problems], 'export', unit='format'):
+    for name in progress(args.formats, 'export', unit='format'):
         form = FORMATS[name]
-        with tempfile.TemporaryDirectory(dir=args.output, prefix='.') as folder:
-            path = Path(folder, architecture + form.suffix)
+        with whole(args.output) as folder:
+            path = folder / (architecture + form.suffix)
             form.export(plain, images, path)
             runs[form.title] = form.load(path, args.threads)
             logits = run_all(runs[form.title], loader, form.title)
@@ -298,11 +267,8 @@ def export(args: argparse.Namespace) -> None:
                 raise InputError(f'int8 loses {wanted_top1 - top1:.2f} points of top-1, more than --max-drop')
             if name != 'int8' and not difference <= tolerance:
                 raise InputError(f'{name} differs from PyTorch by {difference:.2g}, more than {tolerance:.2g}')
-            files = list(Path(folder).iterdir())  # OpenVINO writes two
-            size = sum(file.stat().st_size for file in files)
+            size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
             rows[form.title] = [path.name, f'{size / 1e6:.2f}', f'{top1:.2f}', f'{difference:.1g}']
-            for file in files:
-                os.replace(file, args.output / file.name)
 
     times = latencies(runs, images[:1])
     print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}, normalized by mean '
@@ -313,37 +279,13 @@ def export(args: argparse.Namespace) -> None:
     eager = times['PyTorch, as trained']
     for title, row in rows.items():
         print('|', ' | '.join([title, *row, f'{times[title]:.2f}', f'{eager / times[title]:.2f}']), '|')
-    for problem in problems.values():
+    for problem in args.left_out:
         print(f'\nleft out: {problem}')
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_mobileformer.export',
-        description='Export a fine-tuned model for devices, check every file against PyTorch on the held-out images, '
-                    'and print a table of size, accuracy and latency.')
-    parser.add_argument('formats', nargs='+', choices=[*FORMATS, 'all'], metavar='FORMAT',
-                        help=', '.join(FORMATS) + ', or all')
-    parser.add_argument('--checkpoint', type=Path, default=Path('output/finetune'), metavar='PATH',
-                        help='folder that finetune wrote, or a file of weights (default: output/finetune)')
-    parser.add_argument('--model', metavar='NAME', help='which model a file of weights is of')
-    parser.add_argument('--data-dir', type=Path, metavar='DIR',
-                        help='folder with train/CLASS/… and validation/CLASS/… (default: the digits)')
-    parser.add_argument('--img-size', type=int, metavar='N', help="default: the checkpoint's, else the model's")
-    parser.add_argument('--output', type=Path, default=Path('output/export'), metavar='DIR')
-    parser.add_argument('--max-drop', type=float, default=1., metavar='P', help='points of top-1 that int8 may lose')
-    parser.add_argument('--threads', type=int, default=1, metavar='N', help='for every runtime (default: 1)')
-    parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='processes that read images')
-    args = parser.parse_args()
-    if args.img_size is not None and args.img_size < 32:
-        parser.error(f'--img-size must be at least 32, not {args.img_size}')
-    try:
-        with folder_or_digits(args.data_dir) as args.data_dir:
-            export(args)
-    except (InputError, ModuleNotFoundError, OSError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == '__main__':
-    main()
+def run(args: argparse.Namespace) -> None:
+    with folder_or_digits(args.data_dir or args.labels and args.labels.parent) as root:
+        data = open_data(root, args.labels, args.val_split)
+        for remark in data.remarks:
+            print(remark)
+        export(args, data)

@@ -1,0 +1,352 @@
+"""`timm-mobileformer`: what all subcommands share."""
+import argparse
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from authors import author_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+from timm.models import save_for_hf
+
+from timm_mobileformer.cli import main, options
+from timm_mobileformer.cli.files import whole
+from timm_mobileformer.cli.load import class_names, load_model
+from timm_mobileformer.cli.terminal import InputError, progress
+
+SUBCOMMANDS = {'benchmark', 'export', 'finetune', 'models', 'publish', 'recipe', 'tokens'}
+
+
+def command(*args, **kwargs):
+    """A process of its own."""
+    return subprocess.Popen([sys.executable, '-m', 'timm_mobileformer', *args], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
+
+
+def refused(capsys, *args):
+    """The one line on stderr with which `args` are refused."""
+    assert main([*map(str, args)]) == 2
+    out, err = capsys.readouterr()
+    line, end = err.split('\n')
+    assert line.startswith('error: ') and not end and not out
+    return line.removeprefix('error: ')
+
+
+# The command
+
+def test_the_installed_command_is_the_module():
+    script, = entry_points(group='console_scripts', name='timm-mobileformer')
+    assert script.load() is main
+    out, _ = command('--help').communicate()
+    assert set(re.findall(r'^    (\w+)', out, re.MULTILINE)) == SUBCOMMANDS == set(options.SUBCOMMANDS)
+
+
+def test_help_and_wrong_arguments_are_answered_before_anything_heavy_is_imported(tmp_path):
+    wrong = [['tokens', 'a.png', '--model', 'x', '--output', 'a.xyz'], ['export', 'tflite'], ['recipe', 'x'], [], ['x'],
+             ['finetune', '--img-size', '8'], ['benchmark', '--rounds', '1'], ['publish'], ['models', '--colour'],
+             ['tokens', 'a.png', '--model', 'x', '--checkpoint', 'missing.pth'], ['finetune', '--data-dir', 'missing']]
+    code = f'''
+import sys
+from timm_mobileformer.cli import main
+for argv in {[[name, '--help'] for name in sorted(SUBCOMMANDS)]!r}:
+    try:
+        main(argv)
+    except SystemExit as e:
+        assert e.code == 0
+for argv in {wrong!r}:
+    assert main(argv) == 2
+assert not {{'torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'huggingface_hub'}} & {{*sys.modules}}
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(wrong) and all(line.startswith('error: ') for line in lines)
+    assert all(f'timm-mobileformer {name}' in done.stdout for name in SUBCOMMANDS)
+    assert '\x1b' not in done.stdout  # no colours without a terminal
+
+
+@pytest.mark.parametrize('args, wanted', [
+    (('models', '--colour'), 'unrecognized arguments: --colour; timm-mobileformer --help says what there is'),
+    (('export', 'onnx', '--threads', 0), '--threads must be at least 1, not 0'),
+    (('export', 'onnx', '--img-size', 16), '--img-size must be at least 32, not 16'),
+    (('export', 'onnx', '--val-split', 1), '--val-split must be from 0.01 to 0.99, not 1.0'),
+    (('export', 'onnx', '--labels', 'no.csv'), '--labels: no such file: no.csv'),
+    (('export', 'onnx', '--data-dir', __file__), f'--data-dir: no such folder: {__file__}'),
+    (('export', 'onnx', '--model', 'x', '--pretrained', '--checkpoint', 'x'), 'not allowed with argument'),
+    (('publish', '--all', '.', '--model', 'x'), 'give --model NAME --checkpoint FILE, --model FOLDER, or --all FOLDER'),
+    (('publish', '--all', '.', '--repo-id', 'a/b'), '--repo-id names one repository, --all needs --namespace'),
+    (('recipe', 'mobileformer_1m'), 'there is no recipe mobileformer_1m; these are: finetune, mobileformer_151m'),
+])
+def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):
+    assert wanted in refused(capsys, *args)
+
+
+def test_the_models_are_listed_with_what_they_cost(capsys):
+    assert main(['models']) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if 'former_' in line}
+    top1 = {'26m': 64.0, '52m': 68.7, '96m': 72.8, '151m': 75.2, '214m': 76.7, '294m': 77.9, '508m': 79.3}
+    assert list(lines) == [f'mobileformer_{variant}' for variant in top1]  # test_mobileformer has no weights to name
+    for variant, (name, params, macs, _, found_top1, source) in zip(top1, lines.values(), strict=True):
+        model = timm.create_model(name, device='meta')
+        assert int(params.replace(',', '')) == sum(p.numel() for p in model.parameters())
+        assert 0.85 * int(variant[:-1]) < float(macs) <= int(variant[:-1])
+        assert float(found_top1) == top1[variant]
+        assert source.endswith(f'/{name}.ms_in1k')
+
+
+def test_recipes_are_found_by_name(capsys):
+    assert main(['recipe']) == 0
+    names = capsys.readouterr().out.split()
+    assert 'finetune' in names and len(names) == 8
+    for name in names:
+        assert main(['recipe', name]) == 0
+        path = Path(capsys.readouterr().out.rstrip('\n'))
+        assert path.stem == name and path.is_absolute() and path.is_file()
+
+
+# What it is called from
+
+def test_ctrl_c_during_imports_is_one_line_and_status_130(tmp_path):
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / '__init__.py').write_text(
+        'import os, signal, time\n'
+        'try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept BaseException as e:\n'
+        '    raise ImportError("which many a package makes of anything") from e\n')
+    process = command('models', env={**os.environ, 'PYTHONPATH': str(tmp_path), 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'})
+    assert process.communicate() == ('', 'interrupted\n') and process.returncode == 130
+
+
+def test_ctrl_c_during_work_is_one_line_and_status_130(capsys, monkeypatch):
+    monkeypatch.setattr('timm_mobileformer.cli.models.count_macs', lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(['models']) == 130
+    assert capsys.readouterr().err == 'interrupted\n'
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_reader_that_has_enough_is_left_in_peace():
+    process = command('recipe')
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (128 + signal.SIGPIPE, '')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252', 'utf-8'])
+def test_output_survives_any_encoding(tmp_path, monkeypatch, encoding):
+    pytest.importorskip('matplotlib')
+    Image.new('RGB', (40, 40)).save(tmp_path / 'été 日本.png')
+    (tmp_path / 'names.txt').write_text('日本\nétoile\n→\n', encoding='utf-8')
+    torch.save(timm.create_model('test_mobileformer', num_classes=3).state_dict(), tmp_path / 'weights.pth')
+    monkeypatch.chdir(tmp_path)
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(printed, encoding=encoding))
+    assert main(['tokens', 'été 日本.png', '--model', 'test_mobileformer', '--checkpoint', 'weights.pth',
+                 '--img-size', '32', '--class-map', 'names.txt']) == 0
+    wanted = 'été 日本.png -> tokens.png'.encode(encoding, 'replace').decode(encoding)
+    lines = printed.getvalue().decode(encoding).splitlines()
+    assert lines[0] == wanted and len(lines) == 4
+    for name in '日本', 'étoile', '→':
+        assert any(line.endswith('%  ' + name.encode(encoding, 'replace').decode(encoding)) for line in lines)
+
+
+@pytest.mark.skipif(not Path('/proc/self').exists(), reason='/proc is a folder that not even root can write to')
+def test_it_works_without_a_home_and_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    Image.new('RGB', (40, 40)).save(tmp_path / 'a.png')
+    torch.save(timm.create_model('test_mobileformer', num_classes=3).state_dict(), tmp_path / 'weights.pth')
+    monkeypatch.chdir('/proc')
+    for name in 'HOME', 'XDG_CACHE_HOME', 'HF_HOME':
+        monkeypatch.delenv(name, raising=False)
+    args = ('tokens', tmp_path / 'a.png', '--model', 'test_mobileformer', '--checkpoint', tmp_path / 'weights.pth')
+    assert re.fullmatch(r'\. cannot be written to \(.*\); name another', refused(capsys, *args))
+    assert main([*map(str, args), '--output', str(tmp_path / 'out.png')]) == 0
+    assert (tmp_path / 'out.png').is_file()
+
+
+def test_bars_are_for_terminals_alone():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, shown in (io.StringIO(), False), (Terminal(), True):
+        assert list(progress(range(3), 'counting', file=stream, mininterval=0)) == [0, 1, 2]
+        assert ('counting' in stream.getvalue()) == shown
+
+
+def test_what_is_to_be_pasted_into_a_shell_can_be(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    folder = tmp_path / 'it\'s  "mine" $HOME'
+    folder.mkdir()
+    for name in 'a.png', 'b.png':
+        Image.new('RGB', (8, 8)).save(folder / name)
+    line = refused(capsys, 'tokens', folder, '--model', 'x')
+    pattern = line.partition('name the images in it, ')[2]
+    found = subprocess.run(['sh', '-c', f'ls {pattern}'], capture_output=True, text=True).stdout
+    assert found.splitlines() == [f'{folder}/a.png', f'{folder}/b.png']
+    line = refused(capsys, 'export', 'onnx', '--model', folder)
+    assert shlex.split(line.partition('are named by ')[2])[-1] == f'{folder}/model_best.pth.tar'
+
+
+# Files
+
+def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole(tmp_path / 'new' / 'folder') as folder:
+            save_file({'a': torch.ones(1)}, folder / 'a.safetensors')  # written for the owner alone
+            (folder / 'b').write_text('first')
+            assert os.listdir(tmp_path / 'new' / 'folder') == [folder.name]
+    finally:
+        os.umask(before)
+    folder = tmp_path / 'new' / 'folder'
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {'a.safetensors': '0o640', 'b': '0o640'}
+    assert folder.stat().st_mode & 0o777 == 0o750
+    for where in folder, tmp_path / 'other':
+        with pytest.raises(ZeroDivisionError), whole(where) as unfinished:
+            (unfinished / 'b').write_text('second')
+            1 / 0  # noqa: B018
+    assert (folder / 'b').read_text() == 'first' and len(os.listdir(folder)) == 2
+    assert os.listdir(tmp_path) == ['new']
+    with pytest.raises(InputError, match=r'folder/b cannot be written to \(Not a directory\)'), whole(folder / 'b'):
+        pass
+
+
+# A model and its weights
+
+def parse(*args):
+    return options.parse(['tokens', __file__, '--output', 'x.png', *map(str, args)])
+
+
+def load(*args):
+    return load_model(parse('--model', *args)).eval()
+
+
+def size_of(model):
+    return resolve_model_data_config(model)['input_size'][1:]
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Weights of three classes in files of every kind, and what they answer."""
+    pytest.importorskip('matplotlib')
+    folder = tmp_path_factory.mktemp('weights')
+    torch.manual_seed(0)
+    model = timm.create_model('test_mobileformer', num_classes=3).eval()
+    tensors = {k: v + 0.01 * torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.load_state_dict(tensors)
+    noise = {k: v * 0 for k, v in tensors.items()}
+    of_train_py = argparse.Namespace(model='test_mobileformer', img_size=96, crop_pct=None, mean=None, interpolation='')
+    parallel = {f'module.{k}': v for k, v in tensors.items()}
+    torch.save(tensors, folder / 'plain.pth')
+    save_file(tensors, folder / 'model.safetensors')
+    torch.save({'state_dict': parallel, 'args': of_train_py}, folder / 'train.pth.tar')
+    torch.save({'state_dict': noise, 'state_dict_ema': tensors, 'args': vars(of_train_py)}, folder / 'ema.pth.tar')
+    torch.save({'model': {k: v for k, v in tensors.items() if 'classifier' not in k}}, folder / 'headless.pth')
+    save_for_hf(model, folder / 'folder', {'label_names': ['a', 'b', 'c']}, safe_serialization=True,
+                data_config={'input_size': (3, 96, 96), 'crop_pct': 1.0})
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        return folder, images, model(images)
+
+
+@pytest.mark.parametrize('args, size', [
+    (('test_mobileformer', '--checkpoint', 'plain.pth'), 160),
+    (('test_mobileformer', '--checkpoint', 'model.safetensors'), 160),
+    (('test_mobileformer', '--checkpoint', 'train.pth.tar'), 96),
+    (('test_mobileformer', '--checkpoint', 'ema.pth.tar', '--use-ema'), 96),
+    (('test_mobileformer', '--checkpoint', 'train.pth.tar', '--img-size', '64'), 64),
+    (('folder',), 96),
+    (('folder', '--img-size', '64'), 64),
+    (('local-dir:folder',), 96),
+])
+def test_a_model_comes_with_its_weights_its_image_size_and_its_classes(weights, monkeypatch, args, size):
+    folder, images, answer = weights
+    monkeypatch.chdir(folder)
+    model = load(*args)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), answer)
+    assert size_of(model) == (size, size)
+    assert class_names(model) == (['a', 'b', 'c'] if 'folder' in args[0] else ['class 0', 'class 1', 'class 2'])
+
+
+def test_the_authors_files_and_models_that_are_built_for_one_size_load_too(tmp_path):
+    torch.save({'state_dict': author_state_dict('26m', 0)}, tmp_path / '26m.pth.tar')
+    model = load('mobileformer_26m', '--checkpoint', tmp_path / '26m.pth.tar')
+    assert model.num_classes == 1000 and class_names(model)[0].startswith('tench')
+    vit = timm.create_model('test_vit', num_classes=4, img_size=96)
+    torch.save({'state_dict': vit.state_dict(), 'args': argparse.Namespace(img_size=96)}, tmp_path / 'vit.pth.tar')
+    for size, more in (96, ()), (128, ('--img-size', 128)):
+        model = load('test_vit', '--checkpoint', tmp_path / 'vit.pth.tar', *more)
+        assert size_of(model) == (size, size) and model(torch.zeros(1, 3, size, size)).shape == (1, 4)
+
+
+def test_a_model_begins_with_the_weights_and_gets_a_classifier_for_other_classes(weights, monkeypatch):
+    folder, images, _ = weights
+    monkeypatch.chdir(folder)
+    features = load('folder').forward_features(images)
+    for args in ('folder',), ('test_mobileformer', '--checkpoint', 'headless.pth'):
+        model = load_model(parse('--model', *args), num_classes=7).eval()
+        torch.testing.assert_close(model.forward_features(images), features)
+        assert model(images).shape == (1, 7)
+    untrained = load_model(parse('--model', 'test_mobileformer'), num_classes=7)
+    assert untrained.num_classes == 7 and not torch.equal(untrained.tokens, model.tokens)
+
+
+def test_a_timm_name_comes_before_a_folder_of_that_name(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(weights[0] / 'folder', 'test_mobileformer')
+    with pytest.raises(InputError, match='which weights of test_mobileformer'):
+        load('test_mobileformer')
+    assert class_names(load('./test_mobileformer')) == ['a', 'b', 'c']
+
+
+@pytest.mark.parametrize('args, wanted', [
+    (('mobileformer_25m',), 'timm knows no model mobileformer_25m, and there is no such folder; similar: mobileformer'),
+    (('test_mobileformer',), 'which weights of test_mobileformer? --checkpoint FILE names yours, --pretrained the'),
+    (('test_mobileformer', '--pretrained'), 'No pretrained weights exist for test_mobileformer; --checkpoint FILE'),
+    (('test_mobileformer.x', '--pretrained'), 'Invalid pretrained tag (x) for test_mobileformer'),
+    (('.',), '. has no config.json, finetune did not write it'),
+    (('folder', '--checkpoint', 'plain.pth'), 'folder has weights of its own'),
+    (('broken',), 'broken: '),
+    (('test_mobileformer', '--checkpoint', 'text.pth'), 'text.pth: refused, it is no checkpoint or would run code'),
+    (('test_mobileformer', '--checkpoint', 'code.pth'), 'code.pth: refused, it is no checkpoint or would run code'),
+    (('test_mobileformer', '--checkpoint', 'half.pth'), 'half.pth: cannot be read, it is damaged or no checkpoint'),
+    (('test_mobileformer', '--checkpoint', 'half.safetensors'), 'half.safetensors: cannot be read, it is damaged'),
+    (('test_mobileformer', '--checkpoint', 'list.pth'), 'list.pth: no checkpoint, it holds no tensors by name'),
+    (('test_mobileformer', '--checkpoint', 'plain.pth', '--use-ema'), 'plain.pth: holds no averaged weights'),
+    (('mobileformer_26m', '--checkpoint', 'plain.pth'), 'plain.pth as mobileformer_26m: The checkpoint does not fit'),
+    (('test_convnext', '--checkpoint', 'plain.pth'), "plain.pth as test_convnext: there is no 'tokens'"),
+    (('test_mobileformer', '--checkpoint', 'headless.pth'), 'the weights of headless.pth have no classifier'),
+])
+def test_a_model_that_cannot_be_had_is_refused_in_one_line(weights, monkeypatch, args, wanted):
+    folder, *_ = weights
+    monkeypatch.chdir(folder)
+    Path('text.pth').write_text('no checkpoint')
+    Path('code.pth').write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+    for name, whole_file in ('half.pth', 'plain.pth'), ('half.safetensors', 'model.safetensors'):
+        Path(name).write_bytes(Path(whole_file).read_bytes()[:100_000])
+    torch.save([1, 2], 'list.pth')
+    Path('broken').mkdir(exist_ok=True)
+    Path('broken', 'config.json').write_text('{}')
+    with pytest.raises(InputError) as refusal:
+        load(*args)
+    assert wanted in str(refusal.value) and '\n' not in str(refusal.value)
+    assert not Path('executed').exists()
+
+
+def test_a_file_of_names_must_name_every_class(weights, tmp_path):
+    names = tmp_path / 'names.txt'
+    names.write_text('one\ntwo\n\n')
+    model = load('test_mobileformer', '--checkpoint', weights[0] / 'plain.pth')
+    with pytest.raises(InputError, match=r'names\.txt names 2 classes, the model has 3'):
+        class_names(model, names)
+    names.write_text('\ufeffeins\nzwei \ndrei', encoding='utf-8')
+    assert class_names(model, names) == ['eins', 'zwei', 'drei']

@@ -1,0 +1,252 @@
+"""Pictures are read as a viewer shows them, and folders as people have them."""
+import io
+import os
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_mobileformer.cli.data import check_images, open_data, read_image
+from timm_mobileformer.cli.terminal import InputError
+
+y, x = np.mgrid[:24, :32]
+COLORS = np.stack([8 * x, 10 * y, 255 - 4 * (x + y)], -1).clip(0, 255).astype(np.uint8)
+GRAY = (8 * x).astype(np.uint8)
+HALF = np.where(x < 16, 255, 0).astype(np.uint8)
+SHOWN = np.where(x[..., None] < 16, COLORS, 255)  # where HALF hides the rest
+
+
+def rgb(gray):
+    return np.stack([gray] * 3, -1)
+
+
+def png(array, bits, color, *chunks):
+    """A PNG of kinds that Pillow reads and does not write."""
+    height, width = array.shape[:2]
+    header = struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0)
+    rows = b''.join(b'\0' + row.tobytes() for row in array.astype(f'>u{bits // 8}'))
+    chunks = (b'IHDR' + header, *chunks, b'IDAT' + zlib.compress(rows), b'IEND')
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
+
+
+def saved(image, kind='PNG', **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation, kind):
+    """The colours as a camera that was held otherwise writes them."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the Image.Transpose to undo
+    return saved(Image.fromarray(COLORS).transpose(Image.Transpose(back)), kind, exif=exif,
+                 **(dict(lossless=True, exact=True) if kind == 'WEBP' else {}))
+
+
+palette = Image.fromarray(GRAY).convert('P')
+palette.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
+PALETTE = np.stack([GRAY, 255 - GRAY, np.full_like(GRAY, 7)], -1)
+see_through = Image.fromarray(np.dstack([COLORS, HALF]))
+twelve_bits = (GRAY.astype(np.uint16) * 4095 // 248)
+
+KINDS = {
+    'RGB': (saved(Image.fromarray(COLORS)), COLORS),
+    'gray': (saved(Image.fromarray(GRAY)), rgb(GRAY)),
+    '1 bit': (saved(Image.fromarray(HALF).convert('1')), rgb(HALF)),
+    'palette': (saved(palette), PALETTE),
+    'palette, one colour transparent': (saved(palette, transparency=8), np.where((GRAY == 8)[..., None], 255, PALETTE)),
+    'palette, transparency of every colour': (saved(palette, transparency=bytes(255 * (i != 8) for i in range(256))),
+                                              np.where((GRAY == 8)[..., None], 255, PALETTE)),
+    'RGBA': (saved(see_through), SHOWN),
+    'RGBA, half transparent': (saved(Image.fromarray(np.dstack([COLORS, np.full_like(GRAY, 102)]))),
+                               255 - (255 - COLORS.astype(int)) * 2 / 5),
+    'RGBA, WebP': (saved(see_through, 'WEBP', lossless=True), SHOWN),
+    'RGBA, TIFF': (saved(see_through, 'TIFF'), SHOWN),
+    'RGB, one colour transparent': (png(COLORS, 8, 2, struct.pack('>4sHHH', b'tRNS', *COLORS[5, 5])),
+                                    np.where(np.equal(COLORS, COLORS[5, 5]).all(-1, keepdims=True), 255, COLORS)),
+    'gray with alpha': (saved(Image.fromarray(np.dstack([GRAY, HALF]), 'LA')), rgb(np.where(HALF, GRAY, 255))),
+    'gray, one transparent': (saved(Image.fromarray(GRAY), transparency=16), rgb(np.where(GRAY == 16, 255, GRAY))),
+    'GIF, transparent': (saved(palette, 'GIF', transparency=8), np.where((GRAY == 8)[..., None], 255, PALETTE)),
+    'CMYK, TIFF': (saved(Image.fromarray(np.dstack([255 - COLORS, 0 * GRAY]), 'CMYK'), 'TIFF'), COLORS),
+    '16 bits': (png(GRAY * 257., 16, 0), rgb(GRAY)),
+    '16 bits, one transparent': (png(GRAY * 257., 16, 0, struct.pack('>4sH', b'tRNS', 16 * 257)),
+                                 rgb(np.where(GRAY == 16, 255, GRAY))),
+    '16 bits, RGB': (png(COLORS * 257., 16, 2), COLORS),
+    '16 bits, RGBA': (png(np.dstack([COLORS, HALF]) * 257., 16, 6), SHOWN),
+    '16 bits, TIFF': (saved(Image.fromarray(GRAY.astype(np.uint16) * 257), 'TIFF'), rgb(GRAY)),
+    '12 of 16 bits': (saved(Image.fromarray(twelve_bits)), rgb(twelve_bits / 4095 * 255)),
+    '8 of 16 bits': (saved(Image.fromarray(GRAY.astype(np.uint16))), rgb(GRAY)),
+    '32 bits with signs': (saved(Image.fromarray(GRAY.astype(np.int32) * 40 - 1000), 'TIFF'), rgb(GRAY / 248 * 255)),
+    'float': (saved(Image.fromarray(GRAY.astype(np.float32) / 1000), 'TIFF'), rgb(GRAY / 248 * 255)),
+    'float, not all finite': (saved(Image.fromarray(np.where(HALF, GRAY, [[np.nan], [np.inf]] * 12).astype(np.float32)),
+                                    'TIFF'), rgb(np.where(HALF, GRAY / 120 * 255, [[0], [255]] * 12))),
+    'float, all the same': (saved(Image.fromarray(np.full((24, 32), 7, np.float32)), 'TIFF'), np.zeros_like(COLORS)),
+    'several': (saved(Image.fromarray(COLORS), 'TIFF', save_all=True, append_images=[Image.fromarray(GRAY)]), COLORS),
+    **{f'turned, {kind} {i}': (turned(i, kind), COLORS) for kind in ('PNG', 'WEBP', 'TIFF') for i in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path, kind):
+    data, wanted = KINDS[kind]
+    (tmp_path / 'picture').write_bytes(data)
+    image = read_image(tmp_path / 'picture')
+    assert image.mode == 'RGB'
+    assert np.abs(np.asarray(image, float) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize('kind', ['turned, PNG 6', 'CMYK, TIFF', 'RGB'])
+def test_a_jpeg_is_read_as_a_viewer_shows_it_but_for_compression(tmp_path, kind):
+    with Image.open(io.BytesIO(KINDS[kind][0])) as image:
+        image.save(tmp_path / 'picture', 'JPEG', quality=100, subsampling=0, exif=image.getexif())
+    assert np.abs(np.asarray(read_image(tmp_path / 'picture'), float) - COLORS).mean() < 2
+
+
+def draw(root, *names):
+    """Small pictures of these names."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 6), (40 * i % 256, 0, 0)).save(root / name)
+    return root
+
+
+def found(data):
+    """Names and classes on both sides."""
+    return [sorted((os.path.basename(path), data.classes[i]) for path, i in side.samples)
+            for side in (data.train, data.held_out)]
+
+
+@pytest.mark.parametrize('train, held_out', [
+    ('train', 'val'), ('Train', 'VAL'), ('training', 'validation'), ('TRAIN', 'valid'), ('train', 'Eval'),
+    ('train', 'test'),
+])
+def test_splits_are_found_by_their_usual_names_in_any_case(tmp_path, train, held_out):
+    draw(tmp_path, f'{train}/a/1.png', f'{train}/b/2.jpg', f'{held_out}/a/3.png', f'{held_out}/b/4.png')
+    data = open_data(tmp_path)
+    assert found(data) == [[('1.png', 'a'), ('2.jpg', 'b')], [('3.png', 'a'), ('4.png', 'b')]]
+    assert not data.remarks
+
+
+@pytest.mark.parametrize('prefix', ['', 'train/'])
+def test_without_a_held_out_folder_a_fifth_of_every_class_is_held_out(tmp_path, prefix):
+    counts = dict(a=10, b=25, c=2)
+    draw(tmp_path / 'here', *(f'{prefix}{name}/{i}.png' for name, n in counts.items() for i in range(n)))
+    data = open_data(tmp_path / 'here')
+    counts = [[sum(i == k for _, i in side.samples) for k in range(3)] for side in (data.train, data.held_out)]
+    assert counts == [[8, 20, 1], [2, 5, 1]] and data.remarks == ['held out: 20 % of every class']
+    counts = [sum(i == k for _, i in open_data(tmp_path / 'here', val_split=0.4).held_out.samples) for k in range(3)]
+    assert counts == [4, 10, 1]
+
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    draw(tmp_path / 'there', f'{prefix}c/new.png')
+    assert set(found(open_data(tmp_path / 'there'))[1]) >= set(found(data)[1]) - {('0.png', 'c'), ('1.png', 'c')}
+    assert found(open_data(tmp_path / 'there')) == found(open_data(tmp_path / 'there'))
+
+
+@pytest.mark.parametrize('text', [
+    'file,label\n1.png,a\n2.png,b\nmore/3.png,a\n4.png,b\n',
+    '1.png,a\n2.png,b\nmore/3.png,a\n4.png,b\n',
+    '\ufefffile;label\r\n1.png;a\r\n2.png;b\r\nmore/3.png;a\r\n4.png;b\r\n',
+    'label\tsize\tfile_name\na\t1\t1.png\nb\t2\t2.png\n\na\t3\t"more/3.png"\nb\t4\t4.png',
+])
+@pytest.mark.parametrize('where', ['pictures', '.'])
+def test_a_csv_of_files_and_labels_takes_the_place_of_class_folders(tmp_path, text, where):
+    draw(tmp_path / 'pictures', '1.png', '2.png', 'more/3.png', '4.png', '5.png')
+    (tmp_path / where / 'labels.csv').write_text(text)
+    train, held_out = found(open_data(tmp_path / 'pictures', tmp_path / where / 'labels.csv'))
+    assert sorted(train + held_out) == [('1.png', 'a'), ('2.png', 'b'), ('3.png', 'a'), ('4.png', 'b')]
+    assert [label for _, label in held_out] == ['a', 'b']
+
+
+@pytest.mark.parametrize('text, wanted', [
+    ('1.png,a\n7.png,b\n', '1 of 2 files'),
+    ('1.png,a\n1.png,b\n', 'calls 1.png both a and b'),
+    ('1.png,a\n2.png,\n', "not '2.png,'"),
+    ('1.png\n2.png\n', "a file and a label in every row, not '1.png'"),
+    ('1.png,a\n2.png,a\n', 'one class only (a)'),
+    ('1.png,a\n2.png,b\n', 'one picture of every class'),
+    ('', 'one class only'),
+    (b'1.png,\xe9t\xe9', 'not in UTF-8'),
+])
+def test_a_csv_that_does_not_fit_is_refused(tmp_path, text, wanted):
+    draw(tmp_path, '1.png', '2.png')
+    (tmp_path / 'labels.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        open_data(tmp_path, tmp_path / 'labels.csv')
+
+
+UP = 'links to a folder around them, not followed: {{root}}/{}'
+SPLITS = 'train/a/1.png', 'train/b/2.png', 'val/a/3.png', 'val/b/4.png'
+
+
+def beside(root, name):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('no picture')
+
+
+@pytest.mark.parametrize('add, remark', [
+    (lambda root: draw(root, 'train/a/.hidden.png', 'train/.git/5.png', '.cache/a/6.png'), None),
+    (lambda root: draw(root, 'train/a/deep/er/5.png'), None),
+    (lambda root: draw(root, 'train/c/5.png'), 'not among the held-out images: c'),
+    (lambda root: draw(root, 'val/c/5.png'), 'only among the held-out images, and left out: c'),
+    (lambda root: [beside(root, f'train/{name}') for name in ('a/5.heic', 'b/6.HEIC', 'a/x.txt', 'a/README')],
+     'passed over: 2 .heic, 1 without a type, 1 .txt'),
+    (lambda root: draw(root, 'val/5.png'), 'outside of class folders, and passed over: {root}/val/5.png'),
+    (lambda root: (root / 'train' / 'c').mkdir(), 'without pictures, and no class: {root}/train/c'),
+    (lambda root: draw(root, 'test/a/5.png'), 'left alone in {root}: test'),
+    (lambda root: (root / 'train/a/up').symlink_to('..'), UP.format('train/a/up')),
+    (lambda root: (root / 'train/a/up').symlink_to('../..'), UP.format('train/a/up')),
+    (lambda root: (root / 'train/a/up').symlink_to(root / 'train' / 'a'), UP.format('train/a/up')),
+    (lambda root: (root / 'val/up').symlink_to('.'), UP.format('val/up')),
+    (lambda root: (root / 'val/up').symlink_to('/'), UP.format('val/up')),
+])
+def test_what_is_passed_over_is_said(tmp_path, add, remark):
+    draw(tmp_path, *SPLITS)
+    add(tmp_path)
+    data = open_data(tmp_path)
+    assert data.remarks == ([remark.format(root=tmp_path)] if remark else [])
+    assert {name for side in found(data) for name, _ in side} - {'5.png'} == {'1.png', '2.png', '3.png', '4.png'}
+    assert not any(part.startswith('.') for path, _ in data.train.samples for part in path.split(os.sep))
+
+
+@pytest.mark.parametrize('names, wanted', [
+    ((), 'has no folders with pictures'),
+    (('1.png', '2.png'), 'no folders with pictures; name the classes of those beside each other in a CSV, --labels'),
+    (('train/1.png', 'test/2.png'), 'no folder train with a folder for every class'),
+    (('val/a/1.png', 'test/a/2.png'), 'no folder train with a folder for every class'),
+    (('cat/1.png', 'cat/2.png'), 'one class only (cat)'),
+    (('pets/train/cat/1.png', 'pets/train/dog/2.png'), 'one class only (pets); at least two are needed; are they in'),
+    (('train/a/1.png', 'train/b/2.png', 'test/unknown/3.png'), 'share no class'),
+    (('a/1.png', 'b/2.png'), 'one picture of every class'),
+])
+def test_a_folder_that_cannot_be_learnt_is_refused(tmp_path, names, wanted):
+    draw(tmp_path, *names)
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        open_data(tmp_path)
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    draw(tmp_path, 'valid/1.png', 'valid/2.png', 'invalid/3.png', 'invalid/4.png', 'train/5.png', 'train/6.png')
+    assert open_data(tmp_path).classes == ['invalid', 'train', 'valid']
+
+
+@pytest.mark.parametrize('name, spoil', [
+    ('a.png', lambda path: path.write_bytes(path.read_bytes()[:-40])),
+    ('a.jpg', lambda path: path.write_bytes(path.read_bytes()[:-40])),
+    ('a.png', lambda path: path.write_bytes(b'no picture')),
+    ('a.png', lambda path: (path.unlink(), path.symlink_to('nowhere'))),
+    ('a.png', lambda path: (path.unlink(), path.symlink_to(path))),
+    ('a.png', lambda path: (path.unlink(), os.mkfifo(path))),
+    ('a.png', lambda path: Image.new('L', (1001, 1)).save(path)),
+])
+def test_a_picture_that_cannot_be_used_is_named(tmp_path, name, spoil):
+    draw(tmp_path, name, 'b.png')
+    spoil(tmp_path / name)
+    with pytest.raises(InputError, match=re.escape(f'1 of 2 images cannot be used: {tmp_path / name} (')):
+        check_images([str(tmp_path / name), str(tmp_path / 'b.png')], 2)

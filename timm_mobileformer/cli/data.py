@@ -1,0 +1,288 @@
+"""Pictures and folders of them, as every subcommand reads them."""
+import csv
+import io
+import os
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from hashlib import sha256
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from PIL import Image, ImageOps
+from timm.utils.misc import natural_key
+from torch.utils.data import Dataset
+
+from .terminal import InputError, progress, quote, some
+
+__all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image']
+
+warnings.filterwarnings('ignore', module='PIL')  # on metadata, and on sizes that are read all the same
+
+Image.init()
+NOT_READ = ('BUFR', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF')  # Pillow knows their names, and cannot decode them
+SUFFIXES = frozenset(s for s, kind in Image.registered_extensions().items() if kind not in NOT_READ)
+
+TRAIN, HELD_OUT = ('train', 'training'), ('val', 'validation', 'valid', 'eval', 'evaluation', 'test')  # in any case
+FILE_COLUMNS, LABEL_COLUMNS = ('file', 'filename', 'file_name', 'path', 'image'), ('label', 'class', 'target')
+
+Labelled = List[Tuple[str, str]]  # path and class of every picture
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A gray picture of more than 8 bits, scaled to 0 ... 255.
+
+    Whole numbers are taken for 8, 12 or 16 bits, the fewest that hold those of the picture: a 16-bit PNG is what every
+    viewer shows, and the 12 bits of many a camera and scanner are not left nearly black. Where there are fractions,
+    negative or greater numbers, the smallest of the picture becomes black and the greatest white.
+    """
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
+    if values.dtype.kind in 'iu' and low >= 0 and high < 2 ** 16:
+        low, high = 0., next(2. ** bits - 1 for bits in (8, 12, 16) if high < 2 ** bits)
+    scaled = ((values.astype(np.float64) - low) / ((high - low) or 1)).clip(0, 1)
+    pixels = np.rint(255 * np.nan_to_num(scaled)).astype(np.uint8)
+    pixels[values == image.info.get('transparency', -1)] = 255
+    return Image.fromarray(pixels)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in 'IF':
+        image = to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+def read_image(path: Union[str, Path]) -> Image.Image:
+    """The picture that a viewer shows, in RGB: upright, transparency over white, of several the first.
+
+    Raises:
+        Exception: The file cannot be read; Pillow's decoders raise many kinds.
+    """
+    with Image.open(path) as image:
+        return to_rgb(image)
+
+
+class Pictures(Dataset):
+    """Paths and class indices as a dataset for timm's `create_loader`, which sets `transform`."""
+    transform: Any = None
+
+    def __init__(self, samples: Sequence[Tuple[str, int]]) -> None:
+        self.samples = list(samples)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        path, target = self.samples[index]
+        return self.transform(read_image(path)), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def problem(path: str) -> Optional[str]:
+    """What keeps a file from being read to its last byte, or None."""
+    try:
+        if not os.path.isfile(path) and os.path.exists(path):
+            return f'{path} (not a file)'  # waiting for a pipe would take forever
+        with Image.open(path) as image:
+            if max(image.size) > 1000 * min(image.size):
+                return f'{path} ({image.width} × {image.height} pixels)'  # to a square, it would fill the memory
+            image.draft('RGB', (1, 1))  # a JPEG at an eighth of its size, the fastest
+            to_rgb(image)
+    except Exception as e:  # Pillow's decoders raise many kinds
+        reason = getattr(e, 'strerror', None) or str(e).replace(repr(path), '').strip() or type(e).__name__
+        return f'{path} ({reason})'
+    return None
+
+
+def check_images(paths: Sequence[str], workers: int) -> None:
+    """Read all pictures once.
+
+    Raises:
+        InputError: Some cannot be read, or are too thin; names them.
+    """
+    with ThreadPool(max(workers, 1)) as pool:
+        results = progress(pool.imap(problem, paths, chunksize=16), 'checking images', len(paths))
+        bad = [reason for reason in results if reason]
+    if bad:
+        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {some(bad)}')
+
+
+def contents(folder: Path) -> Tuple[List[Path], List[Path]]:
+    """Folders and files in a folder by name, without the hidden ones."""
+    with os.scandir(folder) as entries:
+        visible = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+    folders = [e.is_dir() for e in visible]
+    return ([folder / e.name for e, is_dir in zip(visible, folders, strict=True) if is_dir],
+            [folder / e.name for e, is_dir in zip(visible, folders, strict=True) if not is_dir])
+
+
+@dataclass
+class Found:
+    """What a search for pictures passed over."""
+    types: Counter = field(default_factory=Counter)  # of files that are no pictures
+    loops: List[Path] = field(default_factory=list)
+    loose: List[Path] = field(default_factory=list)  # pictures outside of class folders
+    empty: List[Path] = field(default_factory=list)  # class folders without pictures
+
+    def pick(self, files: List[Path]) -> List[Path]:
+        """The pictures among some files."""
+        self.types.update(f.suffix.lower() or 'without a type' for f in files if f.suffix.lower() not in SUFFIXES)
+        return [f for f in files if f.suffix.lower() in SUFFIXES]
+
+    def search(self, folder: Path, above: Sequence[Path] = ()) -> List[Path]:
+        """Pictures in and below a folder; `above` are the folders that links must not lead back to."""
+        here = folder.resolve()
+        if here in above:
+            self.loops.append(folder)
+            return []
+        folders, files = contents(folder)
+        return self.pick(files) + [path for f in folders for path in self.search(f, (*(above or here.parents), here))]
+
+    def classes(self, folder: Path) -> Labelled:
+        """Pictures below the folders in `folder`, which name their classes."""
+        labelled: Labelled = []
+        folders, files = contents(folder)
+        self.loose += self.pick(files)
+        for inner in folders:
+            pictures = self.search(inner, (*folder.resolve().parents, folder.resolve()))
+            labelled += ((str(path), inner.name) for path in pictures)
+            self.empty += [] if pictures or inner in self.loops else [inner]
+        if not labelled:
+            hint = '; name the classes of those beside each other in a CSV, --labels' if self.loose else ''
+            raise InputError(f'{folder} has no folders with pictures{self.of_types(", only")}{hint}')
+        return labelled
+
+    def of_types(self, verb: str) -> str:
+        return verb + ' ' + some(f'{n:,} {kind}' for kind, n in self.types.most_common()) if self.types else ''
+
+    def remarks(self) -> List[str]:
+        return [text for text in (
+            self.of_types('passed over:'),
+            self.loose and f'outside of class folders, and passed over: {some(self.loose)}',
+            self.empty and f'without pictures, and no class: {some(self.empty)}',
+            self.loops and f'links to a folder around them, not followed: {some(self.loops)}',
+        ) if text]
+
+
+def find_splits(root: Path) -> Tuple[Path, Optional[Path], List[str]]:
+    """The folder to train on, that of held-out pictures if there is one, and the names of folders beside them."""
+    folders = {f.name.lower(): f for f in contents(root)[0]}
+    splits = {name: f for name, f in folders.items() if contents(f)[0]}  # not a class of this name, such as trains
+    train, held_out = (next((splits[n] for n in names if n in splits), None) for names in (TRAIN, HELD_OUT))
+    if train:
+        return train, held_out, [f.name for f in folders.values() if f not in (train, held_out)]
+    if held_out or folders and folders.keys() <= {*TRAIN, *HELD_OUT}:
+        raise InputError(f'{root} has {some(f.name for f in folders.values())}, but no folder train with a folder for '
+                         'every class; where pictures lie side by side, name their classes in a CSV with --labels')
+    return root, None, []
+
+
+def read_labels(file: Path, root: Path) -> Labelled:
+    """Pictures and classes of a CSV, with or without a header; files as seen from `root` or from the CSV."""
+    try:
+        text = file.read_text('utf-8-sig')  # spreadsheets begin with a mark
+    except UnicodeDecodeError as e:
+        raise InputError(f'{file} is not in UTF-8') from e
+    delimiter = max(',;\t', key=text.partition('\n')[0].count)
+    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(row)]
+    columns = 0, 1
+    if rows and Path(rows[0][0]).suffix.lower() not in SUFFIXES:  # a header
+        head = [name.strip().lower() for name in rows.pop(0)]
+        files, classes = ([head.index(n) for n in names if n in head] for names in (FILE_COLUMNS, LABEL_COLUMNS))
+        columns = (files[0], classes[0]) if files and classes else columns
+    labels: Dict[str, str] = {}
+    missing = []
+    for row in rows:
+        if len(row) <= max(columns) or not all(row[c].strip() for c in columns):
+            raise InputError(f'{file} needs a file and a label in every row, not {delimiter.join(row)!r}')
+        name, label = (row[c].strip() for c in columns)
+        path = next((str(p / name) for p in (root, file.parent) if (p / name).exists()), None)
+        if path is None:
+            missing.append(name)
+        elif labels.setdefault(path, label) != label:
+            raise InputError(f'{file} calls {name} both {labels[path]} and {label}')
+    if missing:
+        raise InputError(f'{len(missing):,} of {len(rows):,} files in {file} are neither in {root} nor beside it: '
+                         + some(missing))
+    return list(labels.items())
+
+
+def split(labelled: Labelled, root: Path, share: float) -> Tuple[Labelled, Labelled]:
+    """Hold out a share of every class, at least one picture and never all.
+
+    Which, hashes of the names say: the same ones in every run, by every command, whatever `--seed` is and wherever the
+    folder lies, and most stay where they are when pictures are added.
+    """
+    by_class: Dict[str, List[str]] = defaultdict(list)
+    for path, label in labelled:
+        by_class[label].append(path)
+    held_out = set()
+    for paths in by_class.values():
+        paths.sort(key=lambda path: sha256(os.fsencode(Path(os.path.relpath(path, root)).as_posix())).digest())
+        held_out.update(paths[:min(max(1, round(share * len(paths))), len(paths) - 1)])
+    return [s for s in labelled if s[0] not in held_out], [s for s in labelled if s[0] in held_out]
+
+
+@dataclass
+class Data:
+    """Labelled pictures: those to train on, those held out, their classes by index, and what is to be said of them."""
+    train: Pictures
+    held_out: Pictures
+    classes: List[str]
+    remarks: List[str]
+
+
+def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2) -> Data:
+    """Find the pictures of a data set.
+
+    Args:
+        root: Folder with `train/CLASS/…` and `val/CLASS/…` (or `validation`, `valid`, `eval`, `test`, in any case),
+            with the first of them alone, or with `CLASS/…`.
+        labels: CSV of files and labels; instead of class folders.
+        val_split: Share of every class to hold out, where no folder is.
+
+    Raises:
+        InputError: There is no such folder, or not two classes in it, or the CSV does not fit.
+    """
+    if not root.is_dir():
+        raise InputError(f'{root} is not a folder' if root.exists() else f'no such folder: {root}')
+    found = Found()
+    held_out: Labelled = []
+    remarks: List[str] = []
+    if labels:
+        train = read_labels(labels, root)
+    else:
+        train_folder, held_out_folder, beside = find_splits(root)
+        train = found.classes(train_folder)
+        held_out = found.classes(held_out_folder) if held_out_folder else []
+        remarks = found.remarks() + ([f'left alone in {root}: {some(beside)}'] if beside else [])
+    if not held_out:
+        train, held_out = split(train, root, val_split)
+        remarks.append(f'held out: {100 * val_split:g} % of every class')
+    names, others = {label for _, label in train}, {label for _, label in held_out}
+    if len(names) < 2:
+        inside = [] if labels else [f for name in names if contents(f := train_folder / name)[0]]
+        raise InputError(f'{labels or root} has one class only ({some(names)}); at least two are needed'
+                         + ''.join(f'; are they in --data-dir {quote(f)}?' for f in inside))
+    if not others:
+        raise InputError(f'{labels or root} has one picture of every class; at least two are needed, to hold one out')
+    if not names & others:
+        raise InputError(f'{train_folder} and {held_out_folder} share no class ({some(names)}; {some(others)}); '
+                         'to hold out a part of the first, name it with --data-dir')
+    if others - names:
+        remarks.append(f'only among the held-out images, and left out: {some(others - names)}')
+    if names - others:
+        remarks.append(f'not among the held-out images: {some(names - others)}')
+    classes = sorted(names, key=natural_key)
+    index = {name: i for i, name in enumerate(classes)}
+
+    def indexed(labelled: Labelled) -> Pictures:
+        return Pictures([(path, index[label]) for path, label in labelled if label in index])
+
+    return Data(indexed(train), indexed(held_out), classes, remarks)

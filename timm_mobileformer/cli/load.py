@@ -1,0 +1,209 @@
+"""A model, its weights and its classes, by the names that every subcommand takes."""
+import argparse
+import difflib
+import pickle
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import (
+    CustomDatasetInfo,
+    DatasetInfoLabelMapper,
+    ImageNetInfo,
+    infer_imagenet_subset,
+    resolve_model_data_config,
+)
+from timm.models import get_arch_name, is_model_in_modules, resolve_model_input_args
+
+from timm_mobileformer import MobileFormer, checkpoint_filter_fn
+from timm_mobileformer.pretrained import why
+
+from .terminal import InputError, quote, reason
+
+__all__ = [
+    'class_names', 'find_model', 'load_mobileformer', 'load_model', 'pick_device', 'read_checkpoint', 'size_args']
+
+HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
+
+
+def pick_device(args: argparse.Namespace) -> torch.device:
+    """The device that `--device` names, else the accelerator that PyTorch finds, else the CPU."""
+    found: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
+    try:
+        device = torch.device(args.device or found)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f'--device {args.device}: {reason(e)}') from e
+    return device
+
+
+def read_checkpoint(path: Path, use_ema: bool = False) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """The tensors of a checkpoint by name, and the options of the training if it holds them; nothing in it is executed.
+
+    Args:
+        path: Of train.py, of finetune, of the authors, a state dict, or safetensors.
+        use_ema: Take the averaged weights.
+
+    Raises:
+        InputError: It is no checkpoint, or a damaged one.
+    """
+    content: Any
+    try:
+        if path.suffix == '.safetensors':
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments
+                content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise InputError(f'{path}: refused, it is no checkpoint or would run code when it is read') from e
+    except Exception as e:  # whatever a reader says to bytes from somewhere
+        raise InputError(f'{path}: cannot be read, it is damaged or no checkpoint ({reason(e, 200)})') from e
+    content = content if isinstance(content, dict) else {}
+    wrapped = [key for key in (('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model'))
+               if isinstance(content.get(key), dict)]
+    if use_ema and not wrapped:
+        raise InputError(f'{path}: holds no averaged weights, leave out --use-ema')
+    tensors = content[wrapped[0]] if wrapped else content
+    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise InputError(f'{path}: no checkpoint, it holds no tensors by name')
+    options = content.get('args') if wrapped else None
+    return tensors, options if isinstance(options, dict) else vars(options) if options else {}
+
+
+def find_model(name: str) -> str:
+    """What timm calls the model that `--model` names.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name.startswith(HAVE_WEIGHTS) or timm.is_model(name):  # the latter before a folder of the name, or ./NAME
+        return name
+    folder = Path(name)
+    if (folder / 'config.json').is_file():
+        return f'local-dir:{name}'
+    if folder.is_dir():
+        raise InputError(f'{name} has no config.json, finetune did not write it; the weights in a folder of train.py '
+                         f'are named by --model ARCHITECTURE --checkpoint {quote(folder / "model_best.pth.tar")}')
+    similar = difflib.get_close_matches(name, timm.list_models())
+    raise InputError(f'timm knows no model {name}, and there is no such folder'
+                     + (f'; similar: {", ".join(similar)}' if similar else ''))
+
+
+def size_args(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
+    """The size of images as an argument of a model that is built for one."""
+    return {k: v for k, v in resolve_model_input_args(name, options).items() if k == 'img_size'}
+
+
+def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
+    """How many classes some weights tell apart; 0 if they have no classifier."""
+    if is_model_in_modules(name, ['mobileformer']):  # the authors call it otherwise
+        tensors = checkpoint_filter_fn(tensors, timm.create_model(name, num_classes=0, device='meta'))
+    cfg: Any = timm.models.get_pretrained_cfg(name)
+    classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or [''])[0]
+    return len(tensors.get(f'{classifier}.weight', ()))
+
+
+def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]) -> str:
+    """Why there is no model, and what to do, in terms of the command."""
+    if file:
+        return f'{file} as {args.model}: {reason(error)}'
+    if args.model.startswith('hf-hub:'):
+        return f'{args.model}: {why(error)}'
+    text = reason(error).removeprefix(f'{args.model}: ')
+    if args.pretrained:  # what else to do is said in Python there
+        text = re.split(r'\. (?:Three ways on:|Use `pretrained=False`)', text)[0]
+        text += '; --checkpoint FILE takes the weights from a file'
+    return f'{args.model}: {text}'
+
+
+def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weights: bool = True, **kwargs: Any) -> Any:
+    """The model that `--model`, `--checkpoint`, `--pretrained`, `--use-ema` and `--img-size` name.
+
+    Its `pretrained_cfg` says how its images are preprocessed, as timm's do: as in training, where that is known.
+
+    Args:
+        args: The options.
+        num_classes: Give the model as many, and let it begin at random where no weights are named; by default, it has
+            those of its weights, which must be named.
+        weights: Load the weights; without, the model is as it begins.
+        **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        InputError: There is no such model, it has no weights, or they do not fit.
+    """
+    name, file = find_model(args.model), args.checkpoint if weights else None
+    has_own = name.startswith(HAVE_WEIGHTS)
+    if file and has_own:
+        raise InputError(f'{args.model} has weights of its own; --checkpoint is for a model that is named as timm does')
+    loads = weights and bool(file or has_own or args.pretrained)
+    if num_classes is None and not loads:
+        raise InputError(f'which weights of {args.model}? --checkpoint FILE names yours, --pretrained the published')
+    tensors, trained = read_checkpoint(file, args.use_ema) if file else ({}, {})
+    if args.img_size:
+        trained = {**trained, 'input_size': None, 'img_size': args.img_size}
+    overlay: Any = {}
+    try:
+        if file:
+            kwargs['num_classes'] = count_classes(name, tensors)
+            overlay = dict(state_dict=tensors, num_classes=kwargs['num_classes'], label_offset=0)
+        elif not loads:
+            kwargs['num_classes'] = num_classes
+        model: Any = timm.create_model(
+            name, pretrained=loads, pretrained_cfg_overlay=overlay, **size_args(name, trained), **kwargs)
+    except Exception as e:  # files, networks and models fail in ways of their own
+        raise InputError(what_failed(args, e, file)) from e
+    cfg = model.pretrained_cfg
+    cfg.pop('state_dict', None)
+    if trained:
+        data_config = resolve_model_data_config(model, trained)
+        if data_config['input_size'] != tuple(cfg['input_size']):
+            cfg['pool_size'] = None
+        cfg.update(data_config)
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
+    if model.num_classes == 0:
+        raise InputError(f'the weights of {file or args.model} have no classifier')
+    return model
+
+
+def load_mobileformer(args: argparse.Namespace) -> Any:
+    """A Mobile-Former with its weights, see `load_model`.
+
+    Raises:
+        InputError: It is none, too.
+    """
+    name, known = find_model(args.model), timm.list_models(module='mobileformer')
+    if not name.startswith(HAVE_WEIGHTS) and get_arch_name(name) not in known:
+        raise InputError(f'{name} is no Mobile-Former; these are: {", ".join(known)}')
+    model = load_model(args)
+    if not isinstance(model, MobileFormer):
+        raise InputError(f'{args.model} holds a {type(model).__name__}, no Mobile-Former')
+    return model
+
+
+def class_names(model: Any, file: Optional[Path] = None) -> List[str]:
+    """The names of a model's classes by index: a file's, else its own or ImageNet's, else numbers.
+
+    Raises:
+        InputError: The file names another number of classes.
+    """
+    n, cfg = model.num_classes, model.pretrained_cfg
+    subset = infer_imagenet_subset(model)
+    if file:
+        try:
+            names = [line.strip() for line in file.read_text('utf-8-sig').splitlines() if line.strip()]
+        except UnicodeDecodeError as e:
+            raise InputError(f'{file} is not in UTF-8') from e
+        if len(names) != n:
+            raise InputError(f'{file} names {len(names):,} classes, the model has {n:,}')
+        return names
+    if len(cfg.get('label_names') or ()) == n:
+        info: Any = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
+    elif subset:
+        info = ImageNetInfo(subset)
+    else:
+        return [f'class {i}' for i in range(n)]
+    return list(map(DatasetInfoLabelMapper(info), range(n)))
