@@ -671,16 +671,16 @@ class MobileFormer(nn.Module):
     def forward_stem(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Images (B, in_chans, H, W) to the first map (B, C, H / 2, W / 2) and tokens (B, M, d)."""
         x = self.stem_act(self.stem(x))
-        z = x  # stands in for the tokens of a model pruned to the blocks that need none
-        if self.tokens is not None:
-            z = self.tokens.repeat(x.shape[0], 1, 1)
-        return x, z
+        if self.tokens is None:
+            return x, x  # which stands in for the tokens of a model pruned to the blocks that need none
+        return x, self.tokens.repeat(x.shape[0], 1, 1)
 
     def forward_final(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The last bridge and 1x1 convolution; the first token joins the map as channels, the same at all positions."""
         if self.mobile_to_former is None or self.final_conv is None:
             return x
-        z0 = self.mobile_to_former(x, z[:, :1])  # the head reads no other token
+        # The head reads no other token. Of one image alone, a slice is contiguous, which an exporter takes for granted.
+        z0 = self.mobile_to_former(x, z[:, :1].clone(memory_format=torch.contiguous_format))
         x = self.final_act(self.final_conv(self.shuffle(x)))
         z0 = z0.transpose(1, 2).unsqueeze(3).expand(-1, -1, x.shape[2], x.shape[3])
         return torch.cat([x, z0], dim=1)
