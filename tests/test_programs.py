@@ -108,8 +108,8 @@ def recipe_args(data, epochs):
     """What fits the authors' recipe to small digits and to few epochs."""
     return [
         '--config', RECIPES / 'mobileformer_26m.yaml', *ON_32PX, *ON_CPU, '--data-dir', data, '--epochs', epochs,
-        '--warmup-epochs', 1,
-        '--cooldown-epochs', 0, '--batch-size', 32, '--lr', 0.005, '--hflip', 0, '--scale', 0.7, 1, '--log-interval', 1,
+        '--warmup-epochs', 1, '--cooldown-epochs', 0, '--batch-size', 32, '--lr', 0.005, '--hflip', 0,
+        '--scale', 0.7, 1, '--log-interval', 1,
     ]
 
 
