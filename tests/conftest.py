@@ -1,10 +1,12 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Iterator, Tuple
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: many tests start processes, which would fight for cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs, and their children, ignore it
 
 import pytest  # noqa: E402
 from hub_server import Hub, serve  # noqa: E402

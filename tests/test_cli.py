@@ -91,6 +91,19 @@ def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):
     assert wanted in refused(capsys, *args)
 
 
+def test_an_option_is_called_and_read_the_same_in_every_subcommand():
+    kinds = {}
+    for subcommand in options.SUBCOMMANDS.values():
+        parser = argparse.ArgumentParser()
+        subcommand.declare(parser)
+        for action in parser._actions:
+            for name in action.option_strings:
+                kinds.setdefault(name, set()).add((action.dest, action.type))
+    assert {'--model', '--checkpoint', '--pretrained', '--use-ema', '--img-size', '--batch-size', '--output',
+            '--threads', '--workers', '--device', '--data-dir', '--labels', '--val-split'} <= kinds.keys()
+    assert all(len(kind) == 1 for kind in kinds.values()), kinds
+
+
 def test_the_models_are_listed_with_what_they_cost(capsys):
     assert main(['models']) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if 'former_' in line}

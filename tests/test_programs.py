@@ -108,8 +108,8 @@ def recipe_args(data, epochs):
     """What fits the authors' recipe to small digits and to few epochs."""
     return [
         '--config', RECIPES / 'mobileformer_26m.yaml', *ON_32PX, *ON_CPU, '--data-dir', data, '--epochs', epochs,
-        '--warmup-epochs', 1,
-        '--cooldown-epochs', 0, '--batch-size', 32, '--lr', 0.005, '--hflip', 0, '--scale', 0.7, 1, '--log-interval', 1,
+        '--warmup-epochs', 1, '--cooldown-epochs', 0, '--batch-size', 32, '--lr', 0.005, '--hflip', 0,
+        '--scale', 0.7, 1, '--log-interval', 1,
     ]
 
 
@@ -157,6 +157,7 @@ def test_validate_reports_what_training_did(program, digits, trained):
     assert top1_of(printed) == pytest.approx(max(top1_by_epoch(trained).values()), abs=1e-4)
 
 
+@pytest.mark.timeout(900)
 def test_fine_tuning_recipe_carries_mnist_to_the_digits(program, digits, mnist):
     """One data set to the other, layer by layer slower."""
     program('train.py', *recipe_args(mnist, 8), '--output', '.', '--experiment', 'mnist')

@@ -312,7 +312,8 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
           f'{" × ".join(map(str, data_config["input_size"][1:]))} pixels'
           + (f'; {len(history)} of {args.epochs} epochs are done' if history else ''))
 
-    args.output.mkdir(parents=True, exist_ok=True)
+    with whole(args.output):  # refused before training if it cannot be written to
+        pass
     try:
         save = partial(save_epoch, args, model, data.classes, data_config, pictures)
         train(args, model, loaders, history, save, state and state['optimizer'])
@@ -320,9 +321,6 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         hint = (f'; {len(history)} of {args.epochs} epochs are done, to go on: '
                 f'timm-mobileformer finetune --resume {quote(args.output)}')
         raise type(e)(f'{e}{hint}' if history else str(e)) from e
-    finally:
-        if not any(args.output.iterdir()):
-            args.output.rmdir()
     model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # what was saved is what is reported
     summary = report(args, data, *evaluate(model, loaders[1]), history)
     print(f'{summary}\nby the best epoch, {best_epoch(history) + 1} of {len(history)}; written to {args.output}: '

@@ -88,8 +88,8 @@ def find_model(name: str) -> str:
         raise InputError(f'{name} has no config.json, finetune did not write it; the weights in a folder of train.py '
                          f'are named by --model ARCHITECTURE --checkpoint {quote(folder / "model_best.pth.tar")}')
     similar = difflib.get_close_matches(name, timm.list_models())
-    raise InputError(f'timm knows no model {name}, and there is no such folder'
-                     + (f'; similar: {", ".join(similar)}' if similar else ''))
+    hint = f'similar: {", ".join(similar)}' if similar else 'name one of timm, a folder of finetune, or hf-hub:…'
+    raise InputError(f'timm knows no model {name}, and there is no such folder; {hint}')
 
 
 def size_args(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
