@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_mobileformer  # noqa: F401  (registers the models)
+from timm_mobileformer import MobileFormer
 
 TINY = 'test_mobileformer'
 TABLE = {  # exact parameters; millions of multiply-adds of convolutions and matrix products at 224 x 224
@@ -503,28 +503,79 @@ def test_compile_finds_one_graph_and_another_batch_size_costs_at_most_one_more(t
 def test_export_takes_any_batch_and_size(model):
     dims = {0: torch.export.Dim('batch'), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (images(),), dynamic_shapes=(dims,))
-    for size in (64, 96, 2), (160, 128, 1), (45, 67, 3), (33, 40, 5):
+    for size in (64, 96, 2), (160, 128, 1), (45, 67, 3), (33, 40, 5), (64, 64, 0):
         assert_close(program.module()(images(*size)), model(images(*size)))
 
 
-@pytest.mark.parametrize('exporter', ['torchscript', 'dynamo'])
-def test_onnx_runtime_agrees_at_any_batch_and_size(exporter, tmp_path):
+@pytest.fixture(scope='module', params=['torchscript', 'dynamo'])
+def onnx_file(request, tmp_path_factory):
+    """A model exported by either exporter, from a single image, for any batch and size."""
     for package in 'onnx', 'onnxscript', 'onnxruntime':
         pytest.importorskip(package, reason=f"{package} is missing, pip install 'timm_mobileformer[export]' brings it")
-    from onnxruntime import InferenceSession
-
-    if exporter == 'dynamo':
+    if request.param == 'dynamo':
         dims = {0: torch.export.Dim('batch'), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         kwargs: Any = dict(dynamo=True, dynamic_shapes=(dims,))
     else:
         axes = {'images': {0: 'batch', 2: 'height', 3: 'width'}, 'logits': {0: 'batch'}}
         kwargs = dict(dynamo=False, dynamic_axes=axes)
-    model, path = tiny(), str(tmp_path / 'model.onnx')
-    torch.onnx.export(model, (images(),), path, input_names=['images'], output_names=['logits'], **kwargs)
+    path = str(tmp_path_factory.mktemp('onnx') / 'model.onnx')
+    names = dict(input_names=['images'], output_names=['logits'])
+    torch.onnx.export(three_blocks(), (images(batch=1),), path, **names, **kwargs)
+    return path
+
+
+def three_blocks() -> Any:
+    """A block of each kind, which is exported and quantized sooner than the nine of the tiny model."""
+    return lively(MobileFormer(8, 2, 32, ('L2:8', 'D2,2:16 B2:16'), 32, num_classes=10))
+
+
+def run_onnx(path: str, x: torch.Tensor) -> torch.Tensor:
+    from onnxruntime import InferenceSession
+
     session = InferenceSession(path, providers=['CPUExecutionProvider'])
-    for size in (64, 96, 2), (160, 160, 1), (45, 67, 3):
-        out, = session.run(None, {'images': images(*size).numpy()})
-        assert_close(torch.from_numpy(out), model(images(*size)).detach())
+    return torch.from_numpy(session.run(['logits'], {'images': x.numpy()})[0])
+
+
+def test_onnx_runtime_agrees_at_any_batch_and_size(onnx_file):
+    for size in (64, 96, 2), (160, 160, 1), (45, 67, 3), (64, 64, 0):
+        assert_close(run_onnx(onnx_file, images(*size)), three_blocks()(images(*size)).detach())
+
+
+def test_every_weight_of_an_onnx_graph_is_an_initializer(onnx_file):
+    import onnx
+
+    graph = onnx.load(onnx_file).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ('Conv', 'Gemm')]
+    assert all(name in stored for node in layers for name in node.input[1:])
+    layers += [node for node in graph.node if node.op_type == 'MatMul' and stored & set(node.input)]
+    kinds = [type(m) for m in three_blocks().modules()]
+    convolutions = [node for node in layers if node.op_type == 'Conv']
+    assert len(convolutions) == kinds.count(nn.Conv2d) and len(layers) == len(convolutions) + kinds.count(nn.Linear)
+
+
+@pytest.mark.parametrize('kind', ['dynamic', 'static'])
+def test_onnx_runtime_quantizes_every_weight(onnx_file, kind, tmp_path):
+    import onnx
+    from onnxruntime import quantization
+
+    class Examples(quantization.CalibrationDataReader):
+        batches = [{'images': images().numpy()}]
+
+        def get_next(self):
+            return self.batches.pop() if self.batches else None
+
+    path = str(tmp_path / 'int8.onnx')
+    if kind == 'dynamic':
+        quantization.quantize_dynamic(onnx_file, path)
+    else:
+        quantization.quantize_static(
+            onnx_file, path, Examples(), per_channel=True, op_types_to_quantize=['Conv', 'Gemm', 'MatMul'])
+    graph = onnx.load(path).graph
+    in_float = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    assert not [n for n in graph.node if n.op_type in ('Conv', 'Gemm', 'MatMul') and in_float & set(n.input[:2])]
+    answers, expected = run_onnx(path, images()), three_blocks()(images())
+    assert (answers - expected).norm() < 0.5 * expected.norm()  # random weights are sensitive
 
 
 # Tools that differentiate a model in their own way, or rewrite its layers
@@ -671,12 +722,6 @@ def test_autocast_takes_frozen_norms_which_leave_maps_in_float32(dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_weights_can_be_assigned_to_a_meta_model():
-    model = timm.create_model(TINY, device='meta').eval()
-    model.load_state_dict(tiny().state_dict(), assign=True)
-    assert_close(model(images()), tiny()(images()))
-
-
 def test_a_model_made_in_inference_mode_can_be_moved_outside():
     with torch.inference_mode():
         model = tiny()
@@ -702,6 +747,18 @@ def test_copies_compute_the_same_and_share_nothing(model, copied):
     other = copied(model)
     assert torch.equal(other(images()), model(images()))
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in other.parameters()}
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, reparameterize_model, torch.jit.script], ids=[
+    'as trained', 'reparameterized', 'scripted'])
+@pytest.mark.parametrize('kwargs', [{}, {'global_pool': ''}, {'features_only': True}], ids=['logits', 'dense', 'maps'])
+def test_a_batch_of_no_images_is_taken(kwargs, wrap):
+    model = wrap(tiny(groups=2, **kwargs))
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        x = images().contiguous(memory_format=memory_format)
+        some, none = ([y] if isinstance(y, torch.Tensor) else y for y in (model(x), model(x[:0])))
+        for t, empty in zip(some, none, strict=True):
+            assert empty.shape == (0, *t.shape[1:])
 
 
 @pytest.mark.parametrize('name', [TINY, 'mobileformer_26m', 'mobileformer_96m'])

@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -13,8 +14,8 @@ from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.transforms.functional import to_tensor
 
-import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.detection import fpn_backbone
+from timm_mobileformer.mobileformer import Mobile, MobileFormer
 
 
 @pytest.fixture(scope='module')
@@ -111,6 +112,14 @@ def test_segmentation_models_pytorch(scenes, arch, kwargs):
     assert right.float().mean() > 0.95
 
 
+@pytest.mark.parametrize('arch', ['Unet', 'FPN', 'DeepLabV3Plus'])
+def test_segmentation_models_pytorch_can_be_scripted(arch):
+    smp = pytest.importorskip('segmentation_models_pytorch', reason='segmentation-models-pytorch is not installed')
+    model = smp.create_model(arch, 'tu-test_mobileformer', encoder_weights=None, classes=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
 def test_segmentation_models_pytorch_dilates_the_encoder(output_stride):
     smp = pytest.importorskip('segmentation_models_pytorch', reason='segmentation-models-pytorch is not installed')
@@ -152,6 +161,57 @@ def test_transformers_trains_with_gradient_checkpointing(tmp_path):
     assert all(stage.grad_checkpointing for stage in model.timm_model.stages)
     model(pixel_values=torch.randn(2, 3, 64, 64), labels=torch.tensor([0, 2])).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+NARROW = dict(
+    d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5,
+    encoder_attention_heads=8, decoder_attention_heads=8)
+
+
+@pytest.mark.parametrize('name, out_indices, kwargs', [
+    # those that take the timm model out of its TimmBackbone, whose checkpoints know nothing of how it was wrapped
+    ('DetrForObjectDetection', [4], NARROW),
+    ('DetrForSegmentation', [1, 2, 3, 4], NARROW),
+    ('ConditionalDetrForObjectDetection', [4], NARROW),
+    ('ConditionalDetrForSegmentation', [1, 2, 3, 4], NARROW),
+    ('TableTransformerForObjectDetection', [4], NARROW),
+    ('DeformableDetrForObjectDetection', [2, 3, 4], NARROW),
+    # one that leaves it there
+    ('UperNetForSemanticSegmentation', [1, 2, 3, 4], dict(hidden_size=32, use_auxiliary_head=False)),
+])
+def test_transformers_loads_the_detectors_and_segmenters_that_it_saved(name, out_indices, kwargs, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    torch.manual_seed(0)
+    backbone = transformers.TimmBackboneConfig(
+        backbone='test_mobileformer', out_indices=out_indices, features_only=True)
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(backbone_config=backbone, **kwargs)).eval()
+    model.save_pretrained(tmp_path)
+    again, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        answers, expected = again.eval()(pixel_values=images).logits, model(pixel_values=images).logits
+    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('include_buffers', [False, True])
+@pytest.mark.parametrize('device_map', [
+    {'': 'cpu'}, {'tokens': 'cpu', 'stem': 'cpu', 'stages': 'disk', 'mobile_to_former': 'cpu', 'final_conv': 'disk',
+                  'head_hidden': 'cpu', 'classifier': 'disk'}], ids=['in memory', 'on disk'])
+def test_accelerate_fills_an_empty_model_from_a_checkpoint(device_map, include_buffers, tmp_path):
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    torch.manual_seed(0)
+    model = timm.create_model('test_mobileformer').eval()
+    checkpoint = str(tmp_path / 'model.safetensors')
+    save_file(model.state_dict(), checkpoint, metadata={'format': 'pt'})
+    with accelerate.init_empty_weights(include_buffers=include_buffers):
+        empty = timm.create_model('test_mobileformer').eval()
+    filled = accelerate.load_checkpoint_and_dispatch(
+        empty, checkpoint, device_map, offload_folder=tmp_path / 'offloaded', offload_buffers=include_buffers)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(filled(images), model(images))
 
 
 def test_fastai_learns_the_digits(digits):
@@ -206,6 +266,42 @@ def test_torchao_quantizes_the_linear_layers(fused):
     answers = model(images)
     assert not torch.equal(answers, expected)
     assert (answers - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize('dynamo', [False, True], ids=['torchscript', 'dynamo'])
+def test_nncf_quantizes_the_exported_graph(dynamo, tmp_path):
+    nncf = pytest.importorskip('nncf', reason='nncf is not installed')
+    onnx = pytest.importorskip('onnx', reason='onnx is not installed')
+    model = reparameterize_model(MobileFormer(8, 2, 32, ('L2:8', 'D2,2:16 B2:16'), 32).eval())
+    torch.onnx.export(model, (torch.randn(1, 3, 64, 64),), tmp_path / 'model.onnx', dynamo=dynamo)
+    graph = onnx.load(tmp_path / 'model.onnx')
+    examples = nncf.Dataset([{graph.graph.input[0].name: torch.randn(1, 3, 64, 64).numpy()}])
+    nodes = nncf.quantize(graph, examples, fast_bias_correction=True).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    convolutions = [node for node in nodes if node.op_type == 'Conv']
+    assert len(convolutions) == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    assert all(made_by[node.input[1]] == 'DequantizeLinear' for node in convolutions)
+
+
+def test_torch_pruning_takes_a_quarter_of_the_hidden_channels():
+    pruning = pytest.importorskip('torch_pruning', reason='torch-pruning is not installed')
+    torch.manual_seed(0)
+    model, images = timm.create_model('test_mobileformer', num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+    blocks = [m for m in model.modules() if isinstance(m, Mobile)]
+    widths = [block.conv1.conv.out_channels for block in blocks]
+    for block in blocks:  # numbers that name the channels
+        block.conv1.bn.weight.data = torch.arange(1., 1 + len(block.conv1.bn.weight))
+        block.act1.fc2.bias.data = torch.arange(1., 1 + len(block.conv1.bn.weight)).repeat(2)
+    hidden = {conv for block in blocks for conv in (block.conv1.conv, block.conv2.conv)}
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m not in hidden]
+    pruning.pruner.MagnitudePruner(
+        model, images, pruning.importance.MagnitudeImportance(), pruning_ratio=0.25,
+        root_module_types=[torch.nn.Conv2d], ignored_layers=others).step()
+    assert [block.conv1.conv.out_channels for block in blocks] == [width * 3 // 4 for width in widths]
+    for block in blocks:
+        assert torch.equal(block.act1.fc2.bias, block.conv1.bn.weight.repeat(2)), 'slopes of other channels'
+    model.train()(images).sum().backward()
+    torch.testing.assert_close(reparameterize_model(model.eval())(images), model(images), rtol=1e-3, atol=1e-4)
 
 
 # Converters for phones

@@ -5,9 +5,8 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 from einops import rearrange
-from timm.models._features import FeatureGetterNet
 
-from .mobileformer import FormerToMobile, MobileFormer, MobileToFormer
+from .mobileformer import FeatureGetterNet, FormerToMobile, MobileFormer, MobileToFormer
 
 __all__ = ['BridgeAttention', 'attention_maps']
 
