@@ -122,14 +122,6 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     assert all(made_by[node.input[1]].op_type == 'DequantizeLinear' for node in in_int8)
 
 
-@needs('onnx')
-def test_int8_of_a_deep_model_whose_layers_share_biases_loads(tmp_path):
-    model = reparameterize_model(timm.create_model('mobileformer_294m', num_classes=10).eval())  # untrained: all are 0
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    export.to_int8(model, images, tmp_path / 'int8.onnx')
-    assert export.load_onnx(tmp_path / 'int8.onnx', 1)(images).shape == (2, 10)
-
-
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=needs(name)) for name in ('openvino', 'executorch', 'aoti')])
 def test_runtime_agrees_on_any_batch(name, tmp_path):

@@ -69,15 +69,7 @@ def to_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
         prepared = Path(folder, 'prepared.onnx')
         to_onnx(model, images, prepared)
         quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
-        prepared_model = onnx.load(prepared)
-        graph = prepared_model.graph
-        # the quantizer appends digits for copies of a bias that layers share, and must not meet another name by that
-        names = {t.name: f'{t.name}_' for t in graph.initializer}
-        for tensor in graph.initializer:
-            tensor.name = names[tensor.name]
-        for node in graph.node:
-            node.input[:] = [names.get(name, name) for name in node.input]
-        onnx.save(prepared_model, prepared)
+        graph = onnx.load(prepared).graph
         shapes = {t.name: t.dims for t in graph.initializer}
         quantize_static(
             prepared, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
