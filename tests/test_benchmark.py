@@ -75,7 +75,8 @@ def test_table_and_plot(tmp_path, capsys):
     assert not run_here('--model', *models, '--img-size', 64, '--batch-size', 2, '--rounds', 2,
                         '--output', tmp_path / 'new' / 'folder')
     table = (tmp_path / 'new' / 'folder' / 'table.md').read_text(encoding='utf-8')
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table in printed and 'not in the plot: test_mobileformer\n' in printed and 'in place of' not in printed
     assert torch.__version__ in table and timm.__version__ in table and 'batch of 2' in table
     header, _, *lines = [line.strip('| ').split(' | ') for line in table.splitlines() if line.startswith('|')]
     assert [line[0] for line in lines] == [
@@ -91,6 +92,36 @@ def test_table_and_plot(tmp_path, capsys):
             assert 0 < low <= median <= high
     with Image.open(tmp_path / 'new' / 'folder' / 'plot.png') as plot:
         assert plot.width > 1000 and len(plot.convert('RGB').getcolors(plot.width * plot.height)) > 20
+
+
+def test_an_earlier_result_is_replaced_as_a_whole_and_with_a_remark(tmp_path, capsys):
+    for name in 'table.md', 'plot.png':
+        (tmp_path / name).write_text('of before')
+    assert not run_here('--model', 'test_mobileformer', '--runtimes', 'eager', '--rounds', 2, '--output', tmp_path)
+    assert f'written to {tmp_path}: table.md, in place of those of an earlier run' in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ['table.md']  # no plot without a published accuracy
+
+
+@pytest.mark.parametrize('names', [
+    ['mobileformer_52m'], ['mobileformer_52m', 'mobilenetv3_small_100'], [*PAPER_TOP1, *PEERS]], ids=len)
+def test_plots_of_any_number_of_models_have_ticks_and_every_name_apart_from_the_others(names, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(benchmark, 'save_figure', lambda figure, path: figures.append(figure))
+    rows = []
+    for i, name in enumerate(names):
+        row = Row(name, False, nn.Identity(), torch.empty(1, 3, 8, 8), 0, 0, None)
+        row.runs, row.seconds = {'eager': print}, {'eager': [0.002 + 0.001 * (7 * i % len(names))] * 3}
+        rows.append(row)
+    benchmark.draw(rows, 'a heading', tmp_path / 'plot.png')
+    figure, = figures
+    figure.draw_without_rendering()
+    axes, = figure.axes
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == len(names) and all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+                                            for box in boxes)
+    assert sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]) == 0
 
 
 def test_channels_last_reaches_the_model(tmp_path, monkeypatch):

@@ -245,25 +245,31 @@ def make_table(rows: List[Row], heading: str) -> str:
 
 
 def draw(rows: List[Row], heading: str, path: Path) -> None:
-    """Draw published accuracy over measured latency, a panel for each runtime; fused where fusing changes a model."""
+    """Draw published accuracy over measured latency, a panel for each runtime; fused where fusing changes a model.
+
+    Args:
+        rows: Of models with a published accuracy.
+        heading: Where and by what was measured.
+        path: File to write.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     runtimes = list(rows[0].runs)
     figure = Figure(figsize=(max(4.8 * len(runtimes), 6.4), 5.4), dpi=150, layout='constrained')
     figure.suptitle(heading, fontsize=8, color='0.35')
     panels = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
     accuracy = {row.name: quoted[0] for row in rows if (quoted := published(row.name))}
-    fastest = {row.name: row for row in rows if row.name in accuracy}  # a fused row comes later
+    fastest = {row.name: row for row in rows}  # a fused row comes later
     for axes, runtime in zip(panels, runtimes, strict=True):
         latency = {name: row.latency(runtime) for name, row in fastest.items()}
         frontier: List[str] = []
         for name in sorted(latency, key=lambda n: (latency[n][1], -accuracy[n])):
             if not frontier or accuracy[name] > accuracy[frontier[-1]]:
                 frontier.append(name)
-        if frontier:
-            end = 1.15 * max(high for _, _, high in latency.values())
-            axes.step([*(latency[n][1] for n in frontier), end], [accuracy[n] for n in [*frontier, frontier[-1]]],
-                      where='post', color='0.88', linewidth=7, zorder=1, label='nothing faster is as accurate')
+        end = 1.6 * max(high for _, _, high in latency.values())
+        axes.step([*(latency[n][1] for n in frontier), end], [accuracy[n] for n in [*frontier, frontier[-1]]],
+                  where='post', color='0.88', linewidth=7, zorder=1, label='nothing faster is as accurate')
         for names, style in (
                 ([n for n in latency if n in PAPER_TOP1], dict(fmt='o-', color='C3', label='Mobile-Former')),
                 ([n for n in latency if n not in PAPER_TOP1], dict(fmt='s', color='C0', label='other timm models')),
@@ -276,57 +282,38 @@ def draw(rows: List[Row], heading: str, path: Path) -> None:
                 axes.errorbar(median, [accuracy[n] for n in names], xerr=spread, markersize=5, linewidth=1.5,
                               elinewidth=1, zorder=3, **style)
         axes.set_xscale('log')
+        axes.set_xlim(min(low for low, _, _ in latency.values()) / 1.6, end)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(RUNTIMES[runtime], fontsize=11)
         axes.set_xlabel(f'latency, ms (median and quartiles), batch of {len(rows[0].x)}')
         axes.grid(color='0.93', linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.margins(x=0.16, y=0.08)
+        lowest, highest = min(accuracy.values()), max(accuracy.values())
+        room = max(1, 0.1 * (highest - lowest))
+        axes.set_ylim(lowest - room, highest + room)
         axes.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
-        axes.xaxis.set_minor_formatter(lambda v, _: f'{v:g}' if f'{v:.0e}'[0] in '235' else '')
-        axes.tick_params(axis='x', which='both', labelsize=8)
+        axes.tick_params(axis='x', labelsize=8)
     panels[0].set_ylabel('ImageNet-1k top-1, % (as published)')
-    if fastest:
-        panels[-1].legend(loc='lower right', fontsize=8, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
+                  frameon=False)
     figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
     for axes, runtime in zip(panels, runtimes, strict=True):
-        place(axes, {name: (row.latency(runtime), accuracy[name]) for name, row in fastest.items()})
+        label(axes, {name: (row.latency(runtime)[1], accuracy[name]) for name, row in fastest.items()})
     save_figure(figure, path)
 
 
-def place(axes: 'Axes', points: Dict[str, Tuple[List[float], float]]) -> None:
-    """Write each model's name beside its (quartiles, accuracy) where it covers as little as can be."""
-    import numpy as np
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
+def label(axes: 'Axes', points: Dict[str, Tuple[float, float]]) -> None:
+    """Write each model's name beside its latency and accuracy."""
+    from textalloc import allocate
 
-    def boxes(x: Any, y: Any, pad: float) -> List[Bbox]:
-        return [Bbox([p - pad, p + pad]) for p in axes.transData.transform(np.stack(np.broadcast_arrays(x, y), -1))]
-
-    taken = [box for (low, median, high), y in points.values()
-             for box in boxes(median, [y], 9) * 3 + boxes(np.geomspace(low, high, 30), y, 2)]
-    family = sorted((y, x[1]) for name, (x, y) in points.items() if name in PAPER_TOP1)
-    for (y0, x0), (y1, x1) in zip(family, family[1:], strict=False):
-        taken += boxes(np.geomspace(x0, x1, 30), np.linspace(y0, y1, 30), 2)
-    legend = axes.get_legend()
-    if legend:
-        taken += [legend.get_window_extent()] * 10
-    spots = [(dx * far, dy * far, ha, va) for far in (1, 1.6, 2.5) for dx, dy, ha, va in (
-        (7, 0, 'left', 'center'), (-7, 0, 'right', 'center'), (4, 5, 'left', 'bottom'), (-4, 5, 'right', 'bottom'),
-        (4, -5, 'left', 'top'), (-4, -5, 'right', 'top'), (0, 6, 'center', 'bottom'), (0, -6, 'center', 'top'))]
-    for name, ((_, x, _), y) in points.items():
-        ours = name in PAPER_TOP1
-        label = axes.annotate(
-            name.removeprefix('mobileformer_').upper() if ours else name, (x, y), (0, 0), textcoords='offset points',
-            fontsize=8, color='C3' if ours else '0.2', zorder=4, path_effects=[withStroke(linewidth=2, foreground='w')])
-
-        def cover(spot: Tuple[float, float, str, str], label: Any = label, taken: List[Bbox] = taken) -> float:
-            label.set(position=spot[:2], ha=spot[2], va=spot[3])
-            box = label.get_window_extent()
-            outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
-            return box.count_overlaps(taken) + 100 * outside
-
-        cover(min(spots, key=cover))
-        taken.extend([label.get_window_extent()] * 3)
+    ours = sorted((y, x) for name, (x, y) in points.items() if name in PAPER_TOP1)
+    line = dict(x_lines=[[x for _, x in ours]], y_lines=[[y for y, _ in ours]]) if len(ours) > 1 else {}
+    x, y = (list(values) for values in zip(*points.values(), strict=True))
+    place: Any = allocate
+    place(axes, x, y, [name.removeprefix('mobileformer_').upper() if name in PAPER_TOP1 else name for name in points],
+          x_scatter=x, y_scatter=y, **line, textsize=8, min_distance=0.012, max_distance=0.25, linecolor='0.6',
+          linewidth=0.6, textcolor=['C3' if name in PAPER_TOP1 else '0.2' for name in points])
 
 
 def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -360,6 +347,13 @@ def run(args: argparse.Namespace) -> None:
         measure(rows, args.rounds, device)
         table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
         print(table)
-        draw(rows, heading, folder / 'plot.png')
+        if drawn := [row for row in rows if published(row.name)]:
+            draw(drawn, heading, folder / 'plot.png')
         (folder / 'table.md').write_text(table, encoding='utf-8')
-    print(f'written to {args.output}: plot.png, table.md')
+        written = ', '.join(sorted(path.name for path in folder.iterdir()))
+        earlier = [path for name in ('plot.png', 'table.md') if (path := args.output / name).exists()]
+        for path in earlier:  # one without the other would be of another run
+            path.unlink()
+    if left_out := list(dict.fromkeys(row.name for row in rows if row not in drawn)):
+        print(f'without a published accuracy, and so not in the plot: {", ".join(left_out)}')
+    print(f'written to {args.output}: {written}{", in place of those of an earlier run" if earlier else ""}')
