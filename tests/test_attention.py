@@ -2,6 +2,7 @@
 import argparse
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -232,6 +233,21 @@ def test_the_command_draws_a_picture_and_prints_the_classes(run, work, tmp_path)
         f'cat.jpg -> {out}', *(f'{p[i]:7.1%}  class {i}' for i in p.argsort(descending=True).tolist())]
     with Image.open(out) as picture:
         assert min(picture.size) > 400 and len(picture.convert('RGB').getcolors(1 << 24)) > 1000
+
+
+def test_the_maps_are_written_as_arrays(run, work, tmp_path):
+    status, _, _ = run('cat.jpg', 'dog.jpg', *USUAL, '--output', tmp_path / 'tokens.png', '--npz')
+    assert status == 0 and {p.suffix for p in tmp_path.iterdir()} == {'.png', '.npz'}
+    model = timm.create_model('test_mobileformer', num_classes=3, checkpoint_path=work / 'last.pth.tar').eval()
+    config = resolve_model_data_config(model, dict(img_size=64, crop_pct=1.0))
+    with torch.no_grad():
+        maps = attention_maps(model, create_transform(**config)(Image.open(work / 'dog.jpg'))[None])
+    with np.load(tmp_path / 'tokens-2-dog.npz') as arrays:
+        assert len(arrays) == 2 * len(maps) - 1
+        for m in maps:
+            torch.testing.assert_close(torch.from_numpy(arrays[f'{m.name}.mobile_to_former']), m.mobile_to_former[0])
+            if m.former_to_mobile is not None:
+                np.testing.assert_allclose(arrays[f'{m.name}.former_to_mobile'], m.former_to_mobile[0].numpy())
 
 
 def test_many_images_make_many_pictures(run, tmp_path):

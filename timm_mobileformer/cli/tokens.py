@@ -1,7 +1,8 @@
 """Draw what the tokens of a Mobile-Former attend to in images."""
 import argparse
-from typing import TYPE_CHECKING, Any, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_model_data_config
@@ -104,6 +105,13 @@ def draw(
     return fig
 
 
+def arrays(maps: Sequence[BridgeAttention]) -> Dict[str, Any]:
+    """Attention of one image by block and direction, each (heads, tokens, H, W); see `BridgeAttention`."""
+    return {f'{m.name}.{direction}': getattr(m, direction)[0].numpy()
+            for m in maps for direction in ('mobile_to_former', 'former_to_mobile')
+            if getattr(m, direction) is not None}
+
+
 def run(args: argparse.Namespace) -> None:
     check_images([str(path) for path in args.images], workers=1)
     model = load_mobileformer(args).eval()
@@ -119,4 +127,6 @@ def run(args: argparse.Namespace) -> None:
         top = [(names[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
         with whole(out.parent, f'.{out.name}') as folder:
             save_figure(draw((x * std + mean).clamp(0, 1), maps, top, path.name), folder / out.name, dpi=200)
+            if args.npz:
+                np.savez_compressed(folder / f'{out.stem}.npz', **arrays(maps))
         progress.write('\n'.join([f'{path} -> {out}', *(f'{v:7.1%}  {name}' for name, v in top)]))
