@@ -24,7 +24,7 @@ from timm_mobileformer.cli.files import whole
 from timm_mobileformer.cli.load import class_names, load_model
 from timm_mobileformer.cli.terminal import InputError, progress
 
-SUBCOMMANDS = {'benchmark', 'export', 'finetune', 'models', 'publish', 'recipe', 'tokens'}
+SUBCOMMANDS = {'benchmark', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens'}
 
 
 def command(*args, **kwargs):

@@ -1,19 +1,23 @@
-"""`timm-mobileformer export`: files that answer as PyTorch does, the table, and what is refused."""
+"""`timm-mobileformer export`: files that answer as PyTorch does and say how they are used, and what is refused."""
 import argparse
+import csv
+import json
 import re
 import shutil
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from PIL import Image
+from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 
 from timm_mobileformer import MobileFormer
-from timm_mobileformer.cli import export, main, options
+from timm_mobileformer.cli import export, formats, main, options
 from timm_mobileformer.cli.terminal import InputError
 
 pytestmark = pytest.mark.timeout(900)  # whichever test comes first trains
@@ -23,7 +27,7 @@ def needs(name):
     """Skip a test whose format cannot be exported on this machine, with the reason."""
     problem = ''
     try:
-        options.check_export(argparse.Namespace(formats=[name]))
+        options.check_export(argparse.Namespace(formats=[name], images=None))
     except InputError as e:
         problem = str(e)
     return pytest.mark.skipif(bool(problem), reason=problem or 'nothing is missing')
@@ -54,7 +58,7 @@ def exported(finetuned):
     """Folder and table of one command, after finetune in the same folder."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.chdir(finetuned[0])
-        assert run_here('onnx', 'int8') == 0
+        assert run_here('onnx', 'onnx-int8') == 0
     return finetuned[0] / 'output' / 'export', table(printed.getvalue())
 
 
@@ -62,9 +66,9 @@ def exported(finetuned):
 def copied(exported, monkeypatch):
     """Exporters that copy what is there, since to make it takes its time; `copied(name, of)` takes another's file."""
     def copy(name, of=None):
-        path = exported[0] / f'mobileformer_52m{export.FORMATS[of or name].suffix}'
-        form = export.FORMATS[name]._replace(export=lambda model, images, to: shutil.copy(path, to))
-        monkeypatch.setitem(export.FORMATS, name, form)
+        path = exported[0] / f'mobileformer_52m{formats.FORMATS[of or name].suffix}'
+        form = formats.FORMATS[name]._replace(export=lambda model, images, to: shutil.copy(path, to))
+        monkeypatch.setitem(formats.FORMATS, name, form)
     return copy
 
 
@@ -75,7 +79,8 @@ def test_one_command_exports_checks_and_compares(exported, held_out):
     model, images, targets = held_out
     out, rows = exported
     assert list(rows) == ['PyTorch, as trained', 'PyTorch, reparameterized', 'ONNX Runtime', 'ONNX Runtime, int8']
-    assert {path.name for path in out.iterdir()} == {'mobileformer_52m.onnx', 'mobileformer_52m.int8.onnx'}
+    files = {'mobileformer_52m.onnx', 'mobileformer_52m.int8.onnx'}
+    assert {path.name for path in out.iterdir()} == files | {f'{name}.json' for name in files}
 
     with torch.inference_mode():
         wanted = model(images)
@@ -106,9 +111,9 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     model = reparameterize_model(model.eval())
     images = torch.randn(4, 3, 64, 64)
     paths = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
-    export.to_onnx(model, images, paths[0])
-    monkeypatch.setattr(export, 'to_onnx', lambda model, images, to: shutil.copy(paths[0], to))  # made already
-    export.to_int8(model, images, paths[1])
+    formats.to_onnx(model, images, paths[0])
+    monkeypatch.setattr(formats, 'to_onnx', lambda model, images, to: shutil.copy(paths[0], to))  # made already
+    formats.to_onnx_int8(model, images, paths[1])
     assert paths[0].stat().st_size > 3.45 * paths[1].stat().st_size  # the variant, and head, that gains least
 
     graph = onnx.load(paths[1]).graph
@@ -126,14 +131,15 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     pytest.param(name, marks=needs(name)) for name in ('openvino', 'executorch', 'aoti')])
 def test_runtime_agrees_on_any_batch(name, tmp_path):
     torch.manual_seed(0)
-    model = MobileFormer(8, 2, 32, ('L2:8', 'D2,2:16'), 32, num_classes=10).eval()  # soon compiled
+    stages = ('L2:8', 'D2,2:16')[:1 if name == 'aoti' else 2]  # that compiles long, and test_model compiles them all
+    model = MobileFormer(8, 2, 32, stages, 32, num_classes=10).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) / 10)
     images = torch.randn(3, 3, 64, 64)
-    path = tmp_path / f'model{export.FORMATS[name].suffix}'
-    export.FORMATS[name].export(reparameterize_model(model), images, path)
-    run = export.FORMATS[name].load(path, 1)
+    path = tmp_path / f'model{formats.FORMATS[name].suffix}'
+    formats.FORMATS[name].export(reparameterize_model(model), images, path)
+    run = formats.FORMATS[name].load(path, 1)
     with torch.inference_mode():
         for batch in images, images[:1], torch.randn(5, 3, 64, 64):
             torch.testing.assert_close(run(batch), model(batch), atol=1e-4, rtol=0)
@@ -142,7 +148,7 @@ def test_runtime_agrees_on_any_batch(name, tmp_path):
 @needs('onnx')
 def test_all_exports_for_what_is_installed_and_names_the_rest(copied, finetuned, digits, tmp_path, monkeypatch, capsys):
     copied('onnx')
-    copied('int8')
+    copied('onnx-int8')
     for name in 'openvino', 'executorch':
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setenv('CXX', 'no-such-compiler')
@@ -153,6 +159,129 @@ def test_all_exports_for_what_is_installed_and_names_the_rest(copied, finetuned,
     assert "left out: openvino needs openvino: pip install 'timm_mobileformer[openvino]'" in printed
     assert "left out: executorch needs executorch: pip install 'timm_mobileformer[executorch]'" in printed
     assert 'left out: aoti needs a C++ compiler: install g++' in printed
+
+
+# A file says how it is used
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Two photographs inside scikit-learn, in three sizes, upright and lying."""
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp('photos')
+    for i, pixels in enumerate(load_sample_images().images):
+        for j, size in enumerate(((640, 427), (150, 301), (97, 96))):
+            Image.fromarray(pixels).resize(size).save(folder / f'{i}{j}.png')
+    return folder
+
+
+@pytest.fixture(scope='module', params=['normalized', 'raw'])
+def small(request, photos, tmp_path_factory):
+    """The arguments of a model with weights in a checkpoint of train.py at 96 x 96, and its ONNX file, with no data."""
+    folder = tmp_path_factory.mktemp('small')
+    torch.manual_seed(0)
+    model = timm.create_model('test_mobileformer', num_classes=7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(img_size=96)), folder / 'last.pth.tar')
+    named = ['--model', 'test_mobileformer', '--checkpoint', str(folder / 'last.pth.tar')]
+    with redirect_stdout(StringIO()) as printed:
+        more = ['--raw'] if request.param == 'raw' else []
+        status = run_here('onnx', 'onnx-int8', *named, '--output', folder, *more)
+    assert status == 1
+    assert 'left out: onnx-int8: must see pictures' in printed.getvalue() and 'checked on noise' in printed.getvalue()
+    assert list(table(printed.getvalue()))[2:] == ['ONNX Runtime']
+    return named, folder / 'test_mobileformer.onnx'
+
+
+@needs('onnx')
+def test_what_stands_beside_a_file_and_inside_it_are_words_of_timm(small):
+    import onnx
+
+    _, file = small
+    about = json.loads(Path(f'{file}.json').read_text())
+    inside = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+    assert inside == about
+    data_config = resolve_model_data_config(timm.create_model('test_mobileformer'), {'img_size': 96})
+    assert about == json.loads(json.dumps({**about, **data_config}))
+    assert about['architecture'] == 'test_mobileformer' and about['label_names'] == [f'class {i}' for i in range(7)]
+    answer, = onnx.load(file).graph.output
+    assert answer.name == about['output_name'] in ('logits', 'probabilities')
+
+
+@needs('onnx')
+def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, monkeypatch, capsys):
+    named, file = small
+    if json.loads(Path(f'{file}.json').read_text())['input_layout'] == 'NHWC':
+        pytest.skip('the lines are for a file that takes normalized images')
+    docs = Path(export.__file__).parents[1] / 'docs' / 'deployment.md'
+    code = next(block for block in re.findall(r'```python\n(.*?)```', docs.read_text(), re.DOTALL)
+                if 'custom_metadata_map' in block)
+    assert set(re.findall(r'^(?:import|from) (\w+)', code, re.MULTILINE)) <= {
+        'json', 'math', 'sys', 'numpy', 'onnxruntime', 'PIL'}
+    model = timm.create_model(
+        'test_mobileformer', pretrained=True, pretrained_cfg_overlay=dict(file=named[-1], num_classes=7),
+        num_classes=7).eval()
+    transform = create_transform(**resolve_model_data_config(model, {'img_size': 96}))
+    for path in sorted(photos.iterdir()):
+        monkeypatch.setattr(sys, 'argv', ['classify.py', str(file), str(path)])
+        exec(code, found := {})
+        with torch.inference_mode():
+            wanted = model(transform(Image.open(path))[None])
+        torch.testing.assert_close(torch.from_numpy(found['logits']), wanted, atol=1e-4, rtol=0)
+        first = capsys.readouterr().out.splitlines()[0].split(maxsplit=1)
+        assert first == [f'{wanted.softmax(1).max():.2%}', f'class {wanted.argmax()}']
+
+
+@needs('onnx')
+def test_a_file_predicts_what_its_model_does(small, photos, tmp_path, capsys):
+    named, file = small
+    rows = []
+    for i, model in enumerate((named, ['--model', str(file)])):
+        out = tmp_path / f'{i}.csv'
+        assert main(['predict', str(photos), *model, '--topk', '3', '--workers', '0', '--batch-size', '4',
+                     '--output', str(out)]) == 0
+        rows.append(list(csv.DictReader(out.open())))
+    assert len(rows[0]) == 6 and {row['label'] for row in rows[0]} <= {f'class {i}' for i in range(7)}
+    for a, b in zip(*rows, strict=True):
+        for key in a:
+            if key.startswith('probability'):
+                assert float(a[key]) == pytest.approx(float(b[key]), abs=2e-4)
+        assert [a[key] for key in ('path', 'label', 'problem')] == [b[key] for key in ('path', 'label', 'problem')]
+
+
+@needs('onnx')
+def test_a_format_that_fails_leaves_the_others(copied, finetuned, monkeypatch, capsys, tmp_path):
+    def fail(model, images, path):
+        path.write_text('half')
+        print('a hint of the exporter', file=sys.stderr)
+        raise RuntimeError('there is no such operator')
+
+    copied('onnx')
+    monkeypatch.setitem(formats.FORMATS, 'onnx-int8', formats.FORMATS['onnx-int8']._replace(export=fail))
+    assert run_here('onnx-int8', 'onnx', '--model', finetuned[0] / 'output/finetune', '--output', tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert list(table(out))[2:] == ['ONNX Runtime'] and 'left out: onnx-int8: there is no such operator' in out
+    assert 'a hint of the exporter' in err
+    assert {path.name for path in tmp_path.iterdir()} == {'mobileformer_52m.onnx', 'mobileformer_52m.onnx.json'}
+
+
+def test_what_int8_may_lose_minds_how_many_pictures_were_asked():
+    def check(lost, won, number, max_drop=1.):
+        targets = torch.zeros(number, dtype=torch.long)
+        wanted = torch.tensor([[1., 0.]]).repeat(number, 1)
+        answers = wanted.clone()
+        wanted[:won] = wanted[:won].flip(1)
+        answers[won:won + lost] = answers[won:won + lost].flip(1)
+        export.check_answers('onnx-int8', answers, wanted, targets, max_drop)
+
+    check(1, 0, 36)  # 2.8 points
+    check(12, 8, 360)
+    check(95, 0, 10_000)
+    for lost, won, number in (8, 0, 36), (30, 5, 360), (250, 100, 10_000):
+        with pytest.raises(InputError, match=f'{lost} lost, {won} won'):
+            check(lost, won, number)
 
 
 # Refusals
@@ -184,15 +313,15 @@ def test_missing_runtime_names_the_extra_that_brings_it(tmp_path, monkeypatch, c
 
 @needs('onnx')
 @pytest.mark.parametrize('name, more, problem', [
-    ('onnx', (), r'onnx differs from PyTorch by 0\..*'),
-    ('int8', ('--max-drop', -9), 'int8 loses .* points of top-1, more than --max-drop'),
+    ('onnx', (), r'onnx: differs from PyTorch by 0\..*'),
+    ('onnx-int8', ('--max-drop', -99), r'onnx-int8: loses .* on 360 pictures \(\d+ lost, \d+ won\), more than .*'),
 ])
 def test_a_file_that_answers_otherwise_or_loses_accuracy_is_not_kept(
         copied, finetuned, digits, tmp_path, capsys, name, more, problem):
-    copied(name, of='int8')
-    before = tmp_path / f'mobileformer_52m{export.FORMATS[name].suffix}'
+    copied(name, of='onnx-int8')
+    before = tmp_path / f'mobileformer_52m{formats.FORMATS[name].suffix}'
     before.write_text('of before')
-    line = refused(capsys, name, '--model', finetuned[0] / 'output/finetune', '--data-dir', digits,
-                   '--output', tmp_path, *more)
-    assert re.fullmatch('error: ' + problem, line)
+    assert run_here(name, '--model', finetuned[0] / 'output/finetune', '--data-dir', digits, '--output', tmp_path,
+                    *more) == 1
+    assert re.fullmatch('left out: ' + problem, capsys.readouterr().out.splitlines()[-1])
     assert list(tmp_path.iterdir()) == [before] and before.read_text() == 'of before'

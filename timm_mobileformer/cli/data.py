@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from .terminal import InputError, progress, quote, some
 
-__all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image']
+__all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image', 'why_unreadable']
 
 warnings.filterwarnings('ignore', module='PIL')  # on metadata, and on sizes that are read all the same
 
@@ -84,19 +84,18 @@ class Pictures(Dataset):
         return len(self.samples)
 
 
-def problem(path: str) -> Optional[str]:
-    """What keeps a file from being read to its last byte, or None."""
+def why_unreadable(path: str) -> Optional[str]:
+    """What keeps a picture from being read to its last byte, or from being used, or None."""
     try:
         if not os.path.isfile(path) and os.path.exists(path):
-            return f'{path} (not a file)'  # waiting for a pipe would take forever
+            return 'not a file'  # waiting for a pipe would take forever
         with Image.open(path) as image:
             if max(image.size) > 1000 * min(image.size):
-                return f'{path} ({image.width} × {image.height} pixels)'  # to a square, it would fill the memory
+                return f'{image.width} × {image.height} pixels'  # to a square, it would fill the memory
             image.draft('RGB', (1, 1))  # a JPEG at an eighth of its size, the fastest
             to_rgb(image)
     except Exception as e:  # Pillow's decoders raise many kinds
-        reason = getattr(e, 'strerror', None) or str(e).replace(repr(path), '').strip() or type(e).__name__
-        return f'{path} ({reason})'
+        return getattr(e, 'strerror', None) or str(e).replace(repr(path), '').strip() or type(e).__name__
     return None
 
 
@@ -107,8 +106,8 @@ def check_images(paths: Sequence[str], workers: int) -> None:
         InputError: Some cannot be read, or are too thin; names them.
     """
     with ThreadPool(max(workers, 1)) as pool:
-        results = progress(pool.imap(problem, paths, chunksize=16), 'checking images', len(paths))
-        bad = [reason for reason in results if reason]
+        reasons = list(progress(pool.imap(why_unreadable, paths, chunksize=16), 'checking images', len(paths)))
+    bad = [f'{path} ({why})' for path, why in zip(paths, reasons, strict=True) if why]
     if bad:
         raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {some(bad)}')
 

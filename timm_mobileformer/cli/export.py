@@ -1,283 +1,219 @@
-"""From a fine-tuned model to files that run on devices, each checked against PyTorch on the held-out images.
-
-The exporters are the libraries' own. What they are given is the reparameterized model, and what they write takes
-normalized images (B, C, H, W) as the model does.
-"""
+"""From a model to files that run on devices, each checked against PyTorch, with what is to be known to use them."""
 import argparse
 import math
 import statistics
-import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
-from timm.utils.onnx import onnx_export
 
-from .data import Data, Pictures, check_images, open_data
+from .about import describe, write_about
+from .data import Found, Pictures, check_images, open_data
 from .digits import folder_or_digits
 from .files import whole
-from .load import load_model
-from .terminal import InputError, progress, some
+from .finetune import read_state
+from .formats import FORMATS, Raw, Run
+from .load import class_names, load_model
+from .terminal import InputError, progress, quiet_unless_it_fails, reason, some
 
 __all__ = ['run']
 
-Run = Callable[[torch.Tensor], torch.Tensor]
 NUM_CALIBRATION = 256  # images
+Loader = Any  # of batches (B, C, H, W) and targets (B)
 
 
-# Each exporter takes the reparameterized model, at least two images and the file to write; each loader takes the file
-# and the number of threads, and returns what maps images to logits.
-
-def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    import onnx
-
-    onnx_export(model, str(path), images[:2], use_dynamo=True, input_names=['images'], output_names=['logits'])
-    graph = onnx.load(path)
-    for node in graph.graph.node:
-        del node.metadata_props[:]  # stack traces, as large as a small model and full of this machine's paths
-    onnx.save(graph, path)
+class Inputs(NamedTuple):
+    """What files are checked on."""
+    loader: Loader
+    calibration: Optional[Loader]  # of pictures; None if there are none
+    labelled: bool
+    what: str  # these are, in words
 
 
-def to_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    """1x1 convolutions and linear layers, nearly all of the weights, in int8 by channel; the images calibrate the rest.
+def thin_out(samples: Sequence[Tuple[str, int]], limit: int = NUM_CALIBRATION) -> List[Tuple[str, int]]:
+    """At most `limit` of the pictures, from all over."""
+    return list(samples[::math.ceil(len(samples) / limit)])
 
-    Stay in float: products of two activations, softmax, LayerNorm, GELU, the arithmetic of dynamic ReLU; the stem and
-    the depthwise convolutions, which hold no weights worth counting and in int8 cost accuracy. Where a depthwise
-    convolution widens, int8 is also many times slower: ONNX Runtime has no fast kernel for it.
+
+def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any], root: Optional[Path]) -> Inputs:
+    """Labelled pictures, if there is a folder of them; else the pictures that `--images` names; else noise.
+
+    Raises:
+        InputError: They cannot be read, or are labelled otherwise than the model is.
     """
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Images(CalibrationDataReader):
-        batches = iter(images.split(8))
+    def load(samples: Sequence[Tuple[str, int]]) -> Loader:
+        return create_loader(
+            Pictures(samples), batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
+            device=torch.device('cpu'), **data_config)
 
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {'images': batch.numpy()}
-
-    def in_int8(node) -> bool:
-        if node.op_type == 'Conv' and (node.input[0] == 'images' or shapes[node.input[1]][1] == 1):
-            return False  # the stem, depthwise
-        return node.op_type in ('Conv', 'Gemm', 'MatMul') and node.input[1] in shapes
-
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder, 'prepared.onnx')
-        to_onnx(model, images, prepared)
-        quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
-        graph = onnx.load(prepared).graph
-        shapes = {t.name: t.dims for t in graph.initializer}
-        quantize_static(
-            prepared, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            nodes_to_quantize=[node.name for node in graph.node if in_int8(node)])
-    shrink(path)
-
-
-def shrink(path: Path) -> None:
-    """Shorten names, share equal tensors, drop zero points of 0 and shapes: a tenth of a small model in int8."""
-    import onnx
-    from onnx import TensorProto, numpy_helper
-
-    model = onnx.load(path)
-    graph = model.graph
-    biases = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT32}
-    for node in graph.node:
-        if node.op_type == 'DequantizeLinear' and node.input[0] in biases:
-            del node.input[2]  # 0 by definition, and optional
-    used = {name for node in graph.node for name in node.input}
-    names = {value.name: value.name for value in [*graph.input, *graph.output]} | {'': ''}
-    shared: Dict[Any, str] = {}
-    tensors: Dict[str, TensorProto] = {}
-    for tensor in graph.initializer:
-        if tensor.name in used:
-            content = (tensor.data_type, *tensor.dims, numpy_helper.to_array(tensor).tobytes())
-            names[tensor.name] = shared.setdefault(content, f'w{len(shared)}')
-            tensor.name = names[tensor.name]
-            tensors[tensor.name] = tensor
-    del graph.initializer[:], graph.value_info[:]
-    graph.initializer.extend(tensors.values())
-    for node in graph.node:
-        node.name = ''
-        node.input[:] = [names[name] for name in node.input]
-        node.output[:] = [names.setdefault(name, f'{len(names)}') for name in node.output]
-    onnx.save(model, path)
+    if root:
+        data = open_data(root, args.labels, args.val_split)
+        for remark in data.remarks:
+            print(remark)
+        check_classes(args, model, data.classes)
+        held_out, calibration = data.held_out.samples, thin_out(data.train.samples)
+        check_images([path for path, _ in [*calibration, *held_out]], args.workers)
+        return Inputs(load(held_out), load(calibration), True, f'{len(held_out):,} held-out pictures')
+    if args.images:
+        found = Found()
+        paths = [str(p) for path in args.images for p in (found.search(path) if path.is_dir() else [path])]
+        if not paths:
+            raise InputError(f'no pictures in {some(args.images)}{found.of_types(", only")}')
+        check_images(paths, args.workers)
+        loader = load([(path, 0) for path in paths])
+        return Inputs(loader, load(thin_out([(path, 0) for path in paths])), False, f'{len(paths):,} pictures')
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    pixels = torch.randint(256, (8, *data_config['input_size']), generator=generator)
+    return Inputs([((pixels / 255 - mean) / std, torch.zeros(8))], None, False, 'noise')
 
 
-def load_onnx(path: Path, threads: int) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
-
-
-def to_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-
-
-def to_openvino(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    import openvino
-
-    openvino.save_model(openvino.convert_model(to_program(model, images)), path, compress_to_fp16=False)
-
-
-def load_openvino(path: Path, threads: int) -> Run:
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(path)
-    shape = model.input().partial_shape
-    shape[0] = 1  # a batch left open costs more than half of the speed, in shapes computed anew for every image
-    model.reshape(shape)
-    compiled = core.compile_model(
-        model, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
-    return lambda images: torch.cat([torch.from_numpy(compiled(image.numpy())[0].copy()) for image in images.split(1)])
-
-
-def to_executorch(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    """One image at a time: XNNPACK would leave out slices, and more, of a dynamic batch."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.backends.xnnpack.utils.configs import get_transform_passes, get_xnnpack_edge_compile_config
-    from executorch.exir import to_edge_transform_and_lower
-
-    program = to_edge_transform_and_lower(
-        torch.export.export(model, (images[:1],)),
-        transform_passes=get_transform_passes(),
-        partitioner=[XnnpackPartitioner()],
-        compile_config=get_xnnpack_edge_compile_config(),
-    ).to_executorch()
-    path.write_bytes(program.buffer)
-
-
-def load_executorch(path: Path, threads: int) -> Run:
-    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-    from executorch.runtime import Runtime
-
-    _unsafe_reset_threadpool(threads)  # safe before anything is loaded
-    method = Runtime.get().load_program(path).load_method('forward')
-    return lambda images: torch.cat([method.execute([image])[0].clone() for image in images.split(1)])
-
-
-def to_aoti(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    torch._inductor.aoti_compile_and_package(
-        to_program(model, images), package_path=str(path), inductor_configs={'freezing': True})
-
-
-def load_aoti(path: Path, threads: int) -> Run:
-    return torch._inductor.aoti_load_package(str(path))  # its threads are those of when it was compiled
-
-
-class Format(NamedTuple):
-    title: str
-    suffix: str
-    export: Callable[[nn.Module, torch.Tensor, Path], None]
-    load: Callable[[Path, int], Run]
-
-
-FORMATS = {
-    'onnx': Format('ONNX Runtime', '.onnx', to_onnx, load_onnx),
-    'int8': Format('ONNX Runtime, int8', '.int8.onnx', to_int8, load_onnx),
-    'openvino': Format('OpenVINO', '.xml', to_openvino, load_openvino),
-    'executorch': Format('ExecuTorch, XNNPACK', '.pte', to_executorch, load_executorch),
-    'aoti': Format('AOTInductor', '.pt2', to_aoti, load_aoti),
-}
-
-
-def load_trained(args: argparse.Namespace, classes: List[str]) -> Any:
-    """The model to export, which must know these classes."""
-    model = load_model(args).eval()
+def check_classes(args: argparse.Namespace, model: Any, classes: List[str]) -> None:
     known = list(model.pretrained_cfg.get('label_names') or ())
     if model.num_classes != len(classes) or known and known != classes:
         raise InputError(f'{args.checkpoint or args.model} has {model.num_classes:,} classes '
                          f'({some(known) or "without names"}), the data {len(classes):,} ({some(classes)}); '
-                         'give the --data-dir that it was trained on')
-    return model
+                         'give the --data-dir that it was trained on, or pictures of any kind with --images')
 
 
 @torch.inference_mode()
-def run_all(run: Run, loader: Any, desc: str) -> torch.Tensor:
-    """Logits (N, classes) of all images, in the order of the dataset."""
+def run_all(run: Run, loader: Loader, desc: str) -> torch.Tensor:
+    """What a model answers to all images (N, classes), in their order."""
     return torch.cat([run(images) for images, _ in progress(loader, desc)])
 
 
 @torch.inference_mode()
-def latencies(runs: Dict[str, Run], image: torch.Tensor, rounds: int = 50) -> Dict[str, float]:
+def latencies(runs: Dict[str, Run], inputs: Dict[str, torch.Tensor], rounds: int = 50) -> Dict[str, float]:
     """Median milliseconds for one image, taken in turns so that a busy machine hits all alike."""
     times: Dict[str, List[float]] = {name: [] for name in runs}
     for _ in progress(range(rounds), 'latency'):
         for name, run in runs.items():
-            run(image)  # warm caches, which the runtime before has filled
+            run(inputs[name])  # warm caches, which the runtime before has filled
             start = time.perf_counter()
-            run(image)
+            run(inputs[name])
             times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def make_loaders(args: argparse.Namespace, data: Data, data_config: Dict[str, Any]) -> Tuple[Any, Any]:
-    """Batches of the held-out images, and of some to train on, which calibrate."""
-    some_to_train_on = Pictures(data.train.samples[::math.ceil(len(data.train) / NUM_CALIBRATION)])
-    check_images([path for side in (some_to_train_on, data.held_out) for path, _ in side.samples], args.workers)
-    held_out, calibration = (
-        create_loader(
-            dataset, batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
-            device=torch.device('cpu'), **data_config)
-        for dataset in (data.held_out, some_to_train_on))
-    return held_out, calibration
+def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, max_drop: float,
+                  ) -> None:
+    """Refuse answers that are not PyTorch's, or, of int8, that are right too seldom.
+
+    Of a few pictures, one or two change sides by chance. The number of those that were right in one of the two only
+    says how many (McNemar's test): twice its root is forgiven.
+
+    Raises:
+        InputError: They are refused.
+    """
+    difference, tolerance = (answers - wanted).abs().max().item(), 1e-4 * max(1., wanted.abs().max().item())
+    if not name.endswith('int8'):
+        if not difference <= tolerance:
+            raise InputError(f'differs from PyTorch by {difference:.2g}, more than {tolerance:.2g}')
+        return
+    right, was_right = (logits.argmax(1) == targets for logits in (answers, wanted))
+    lost, won = (was_right & ~right).sum().item(), (right & ~was_right).sum().item()
+    drop, by_chance = (100 * n / len(targets) for n in (lost - won, 2 * math.sqrt(lost + won)))
+    if drop - by_chance > max_drop:
+        raise InputError(f'loses {drop:.2f} points on {len(targets):,} pictures ({lost} lost, {won} won), more than '
+                         f'--max-drop {max_drop:g} and the {by_chance:.2f} that may be chance')
 
 
-def export(args: argparse.Namespace, data: Data) -> None:
-    model = load_trained(args, data.classes)
-    architecture = model.pretrained_cfg['architecture']
+def export(args: argparse.Namespace, root: Optional[Path]) -> int:
+    model = load_model(args).eval()
     torch.set_num_threads(args.threads)
     data_config = resolve_model_data_config(model, vars(args))
-    loader, calibration_loader = make_loaders(args, data, data_config)
-    images = torch.cat([images for images, _ in calibration_loader])
-    targets = torch.cat([target for _, target in loader])
-    reference = run_all(model, loader, 'PyTorch')
-    wanted_top1 = accuracy(reference, targets)[0].item()
-    tolerance = 1e-4 * max(1., reference.abs().max().item())
-    plain = reparameterize_model(model).requires_grad_(False)
+    inputs = open_inputs(args, model, data_config, root)
+    architecture = model.pretrained_cfg['architecture']
+    about = describe(model, data_config, class_names(model), args.raw)
 
+    plain = reparameterize_model(model).requires_grad_(False)
+    raw = Raw(plain, data_config['mean'], data_config['std'])
+    wanted = run_all(model, inputs.loader, 'PyTorch')
+    targets = torch.cat([target for _, target in inputs.loader]) if inputs.labelled else wanted.argmax(1)
+    images = torch.cat([images for images, _ in inputs.calibration or inputs.loader])
+    images = torch.cat([images, images]) if len(images) == 1 else images  # exporters take two for an open batch
+    to_input = raw.unnormalize if args.raw else lambda images: images
+    net, wanted = (raw, wanted.softmax(1)) if args.raw else (plain, wanted)
+
+    answer = 'probability' if args.raw else 'logit'
+    header = ['', 'file', 'MB', *(['top-1, %'] if inputs.labelled else []),
+              *(['predicted as by PyTorch, %'] if inputs.calibration else []), f'largest difference of a {answer}']
     runs: Dict[str, Run] = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
-    rows = {title: ['', f'{sum(t.nbytes for t in net.state_dict().values()) / 1e6:.2f}', f'{wanted_top1:.2f}', '']
-            for title, net in zip(runs, (model, plain), strict=True)}
+    rows: Dict[str, List[str]] = {}
+
+    def add_row(title: str, file: str, size: int, answers: torch.Tensor) -> None:
+        rows[title] = [file, f'{size / 1e6:.2f}']
+        rows[title] += [f'{accuracy(answers, targets)[0].item():.2f}'] if inputs.labelled else []
+        same = 100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item()
+        rows[title] += [f'{same:.2f}'] if inputs.calibration else []
+        rows[title] += [f'{(answers - wanted).abs().max().item():.1g}' if file else '']
+
+    for title, module in ('PyTorch, as trained', model), ('PyTorch, reparameterized', plain):
+        add_row(title, '', sum(tensor.nbytes for tensor in module.state_dict().values()), wanted)
+    failed = []
     for name in progress(args.formats, 'export', unit='format'):
         form = FORMATS[name]
-        with whole(args.output) as folder:
-            path = folder / (architecture + form.suffix)
-            form.export(plain, images, path)
-            runs[form.title] = form.load(path, args.threads)
-            logits = run_all(runs[form.title], loader, form.title)
-            top1, difference = accuracy(logits, targets)[0].item(), (logits - reference).abs().max().item()
-            if name == 'int8' and top1 < wanted_top1 - args.max_drop:
-                raise InputError(f'int8 loses {wanted_top1 - top1:.2f} points of top-1, more than --max-drop')
-            if name != 'int8' and not difference <= tolerance:
-                raise InputError(f'{name} differs from PyTorch by {difference:.2g}, more than {tolerance:.2g}')
-            size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
-            rows[form.title] = [path.name, f'{size / 1e6:.2f}', f'{top1:.2f}', f'{difference:.1g}']
+        try:
+            if name.endswith('int8') and not inputs.calibration:
+                raise InputError('must see pictures to find its scales: --images or --data-dir names some')
+            with whole(args.output) as folder:
+                path = folder / (architecture + form.suffix)
+                with quiet_unless_it_fails():
+                    form.export(net, to_input(images), path)
+                    size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
+                    write_about({**about, 'input_shape': [form.batch, *about['input_shape'][1:]]}, path)
+                    run = form.load(path, args.threads)
+                answers = run_all(run, ((to_input(x), y) for x, y in inputs.loader), form.title)
+                check_answers(name, answers, wanted, targets, args.max_drop)
+                add_row(form.title, path.name, size, answers)
+                runs[form.title] = run
+        except Exception as e:  # exporters fail in ways of their own
+            failed.append(f'{name}: {reason(e, 300)}')
 
-    times = latencies(runs, images[:1])
-    print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}, normalized by mean '
-          f'{data_config["mean"]} and std {data_config["std"]}; {len(targets):,} held out')
-    print(f'files in {args.output}; latency of one image, {args.threads} thread{"s"[:args.threads > 1]}\n')
-    print('| | file | MB | top-1, % | largest difference of a logit | latency, ms | speed, eager = 1 |')
-    print('|---|---|---|---|---|---|---|')
+    image = images[:1]
+    times = latencies(runs, {title: image if title.startswith('PyTorch') else to_input(image) for title in runs})
+    print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
+    print(f'files in {args.output}, each with a .json that says how to use it; latency of one image, {args.threads} '
+          f'thread{"s"[:args.threads > 1]}\n')
+    print('|', ' | '.join([*header, 'latency, ms', 'speed, eager = 1']), '|')
+    print('|---' * (len(header) + 2) + '|')
     eager = times['PyTorch, as trained']
     for title, row in rows.items():
         print('|', ' | '.join([title, *row, f'{times[title]:.2f}', f'{eager / times[title]:.2f}']), '|')
-    for problem in args.left_out:
+    for problem in args.left_out + failed:
         print(f'\nleft out: {problem}')
+    return 1 if failed else 0
 
 
-def run(args: argparse.Namespace) -> None:
-    with folder_or_digits(args.data_dir or args.labels and args.labels.parent) as root:
-        data = open_data(root, args.labels, args.val_split)
-        for remark in data.remarks:
-            print(remark)
-        export(args, data)
+def take_data_of_training(args: argparse.Namespace) -> bool:
+    """Where the folder of a run of finetune is exported, let its data be the default, and its share of held-out ones.
+
+    Returns:
+        Whether these are the digits.
+    """
+    try:
+        trained = read_state(Path(args.model))['args']
+    except InputError:
+        trained = {}
+    args.val_split = args.val_split or trained.get('val_split') or 0.2
+    if args.images or args.data_dir or args.labels or not trained:
+        return False
+    paths = [path for key in ('data_dir', 'labels') if (path := trained[key])]
+    if gone := [path for path in paths if not path.exists()]:
+        print(f'{args.model} was trained on {some(gone)}, which is not there; --data-dir names another folder')
+        return False
+    args.data_dir, args.labels = trained['data_dir'], trained['labels']
+    print(f'checked on the pictures held out in training, of {some(paths) or "the digits"}')
+    return not paths
+
+
+def run(args: argparse.Namespace) -> int:
+    are_digits = take_data_of_training(args)
+    folder = args.data_dir or args.labels and args.labels.parent
+    with folder_or_digits(folder) if folder or are_digits else nullcontext() as root:
+        return export(args, root)

@@ -24,7 +24,8 @@ from timm_mobileformer.pretrained import why
 from .terminal import InputError, quote, reason
 
 __all__ = [
-    'class_names', 'find_model', 'load_mobileformer', 'load_model', 'pick_device', 'read_checkpoint', 'size_args']
+    'class_names', 'find_model', 'load_mobileformer', 'load_model', 'pick_device', 'read_checkpoint',
+    'read_names', 'size_args']
 
 HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
 
@@ -184,6 +185,21 @@ def load_mobileformer(args: argparse.Namespace) -> Any:
     return model
 
 
+def read_names(file: Path, num_classes: int) -> List[str]:
+    """The names of classes, one a line.
+
+    Raises:
+        InputError: These are not as many.
+    """
+    try:
+        names = [line.strip() for line in file.read_text('utf-8-sig').splitlines() if line.strip()]
+    except UnicodeDecodeError as e:
+        raise InputError(f'{file} is not in UTF-8') from e
+    if len(names) != num_classes:
+        raise InputError(f'{file} names {len(names):,} classes, the model has {num_classes:,}')
+    return names
+
+
 def class_names(model: Any, file: Optional[Path] = None) -> List[str]:
     """The names of a model's classes by index: a file's, else its own or ImageNet's, else numbers.
 
@@ -193,13 +209,7 @@ def class_names(model: Any, file: Optional[Path] = None) -> List[str]:
     n, cfg = model.num_classes, model.pretrained_cfg
     subset = infer_imagenet_subset(model)
     if file:
-        try:
-            names = [line.strip() for line in file.read_text('utf-8-sig').splitlines() if line.strip()]
-        except UnicodeDecodeError as e:
-            raise InputError(f'{file} is not in UTF-8') from e
-        if len(names) != n:
-            raise InputError(f'{file} names {len(names):,} classes, the model has {n:,}')
-        return names
+        return read_names(file, n)
     if len(cfg.get('label_names') or ()) == n:
         info: Any = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
     elif subset:

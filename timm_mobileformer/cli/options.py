@@ -17,9 +17,10 @@ AUTHORS_TAG = 'ms_in1k'  # of the authors' weights
 RUNTIMES = {'eager': 'PyTorch eager', 'compile': 'torch.compile', 'onnx': 'ONNX Runtime'}
 FORMATS: Dict[str, Tuple[str, ...]] = {  # the extra of this package and the modules that each needs
     'onnx': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
-    'int8': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
+    'onnx-int8': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
     'openvino': ('openvino', 'openvino'),
     'executorch': ('executorch', 'executorch'),
+    'executorch-int8': ('executorch', 'executorch', 'torchao'),
     'aoti': ('',),
 }
 FILES, FOLDERS = ('checkpoint', 'labels', 'class_map'), ('data_dir', 'resume', 'all', 'validate')  # that must be there
@@ -28,15 +29,19 @@ RANGES: Dict[str, Tuple[float, float]] = dict(
     img_size=(32, math.inf), epochs=(1, math.inf), batch_size=(1, math.inf), workers=(0, math.inf),
     threads=(1, math.inf), patience=(1, math.inf), seed=(0, math.inf), lr=(0, math.inf), weight_decay=(0, math.inf),
     val_split=(0.01, 0.99), smoothing=(0, 0.99), hflip=(0, 1), drop=(0, 0.99), drop_path=(0, 0.99), layer_decay=(0, 1),
-    rounds=(2, math.inf))
+    rounds=(2, math.inf), topk=(1, math.inf))
 
 
 # What means the same in every subcommand that has it
 
-def data_options(group: Any) -> None:
+def images_option(group: Any, name: str, **kwargs: Any) -> None:
+    group.add_argument(name, metavar='PATH', type=Path, **kwargs)
+
+
+def data_options(group: Any, default: str) -> None:
     group.add_argument('--data-dir', metavar='DIR', type=Path,
                        help='folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or with '
-                            'train/CLASS/… or CLASS/… alone (default: the digits)')
+                            f'train/CLASS/… or CLASS/… alone (default: {default})')
     group.add_argument('--labels', metavar='CSV', type=Path,
                        help='table of files in DIR and their labels, instead of class folders')
     group.add_argument('--val-split', metavar='P', type=float,
@@ -85,6 +90,11 @@ def device_option(group: Any, default: Optional[str] = None) -> None:
     group.add_argument('--device', default=default, help=f'to run models on (default: {shown})')
 
 
+def check_paths(paths: Optional[Sequence[Path]]) -> None:
+    if lacking := [path for path in paths or () if not path.exists()]:
+        raise InputError(f'no such picture or folder: {some(lacking)}')
+
+
 # finetune
 
 FOLDER: Dict[str, Any] = dict(
@@ -111,7 +121,7 @@ def finetune(parser: argparse.ArgumentParser) -> None:
         'of scikit-learn. Options are called what they are called in train.py of timm.')
     parser.epilog = FINETUNE_EPILOG.format(timm=version('timm'))
     group = parser.add_argument_group('data')
-    data_options(group)
+    data_options(group, 'the digits')
     group.add_argument('--scale', type=float, nargs=2, metavar='PCT',
                        help='area of the random crops in training (default: 0.35 1.0; digits: 0.7 1.0)')
     group.add_argument('--hflip', type=float, metavar='P',
@@ -177,6 +187,8 @@ def tokens(parser: argparse.ArgumentParser) -> None:
                         help='names of the classes, one a line (default: those that come with the weights)')
     parser.add_argument('--output', type=Path, default=Path('tokens.png'), metavar='FILE',
                         help='picture to write; of several images, numbered and named after each (default: tokens.png)')
+    parser.add_argument('--npz', action='store_true',
+                        help='write the attention maps of every block as arrays too, beside the picture, as .npz')
 
 
 def check_tokens(args: argparse.Namespace) -> None:
@@ -200,27 +212,61 @@ def check_tokens(args: argparse.Namespace) -> None:
             raise InputError(f'--output would overwrite {path}')
 
 
+# predict
+
+def predict(parser: argparse.ArgumentParser) -> None:
+    parser.description = 'Classify pictures: a table of comma-separated values with path, label and probability.'
+    images_option(parser, 'images', nargs='+', help='picture, or folder to search to its bottom')
+    model_options(parser, required=True, note=', or an ONNX file that export wrote')
+    parser.add_argument('--class-map', metavar='FILE', type=Path,
+                        help='names of the classes, one a line (default: those that come with the weights)')
+    parser.add_argument('--topk', type=int, default=1, metavar='K',
+                        help='the K most likely classes: label, probability, label2, probability2, … (default: 1)')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='file for the table (default: standard output)')
+    batch_size_option(parser, 64, 64)
+    workers_option(parser)
+    device_option(parser)
+
+
+def check_predict(args: argparse.Namespace) -> None:
+    check_paths(args.images)
+    if args.output and (args.output.is_dir() or args.output.resolve() in [path.resolve() for path in args.images]):
+        raise InputError(f'--output would overwrite {args.output}')
+    if args.model.endswith('.onnx') and not Path(args.model).is_file():
+        raise InputError(f'no such file: {args.model}')
+    if args.model.endswith('.onnx') and (args.pretrained or args.checkpoint or args.img_size or args.use_ema):
+        raise InputError(f'{args.model} has weights and a size of its own; leave out --checkpoint, --pretrained, '
+                         '--use-ema and --img-size')
+
+
 # export
 
 def export(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Export a fine-tuned model for devices, check every file against PyTorch on the held-out images, and print a\n'
-        'table of size, accuracy and latency.')
+        'Export a model for devices: as trained, a folder of finetune, a checkpoint, published weights. Every file is\n'
+        'checked against PyTorch, on the pictures held out in training where these are known, else on those of\n'
+        '--data-dir or --images, else on noise. Beside it, and inside of ONNX, stands how to use it.')
     parser.add_argument('formats', nargs='+', choices=[*FORMATS, 'all'], metavar='FORMAT',
                         help=f'{", ".join(FORMATS)}, or all that can be written on this machine')
     model_options(parser, 'output/finetune', note=' (default: output/finetune)')
-    data_options(parser)
-    parser.set_defaults(val_split=0.2)
+    parser.add_argument('--raw', action='store_true',
+                        help='files take pictures (B, H, W, 3) of 0 ... 255 in the size of the model, and return '
+                             'probabilities')
+    data_options(parser, "that of a finetuned model's training, if it is still there")
+    images_option(parser, '--images', nargs='+', help='pictures without labels, or folders of them, instead')
     parser.add_argument('--output', type=Path, default=Path('output/export'), metavar='DIR',
                         help='folder for the files (default: output/export)')
     parser.add_argument('--max-drop', type=float, default=1., metavar='P',
-                        help='points of top-1 that int8 may lose (default: 1)')
+                        help='points of top-1 that int8 may lose, besides those that may be chance (default: 1)')
     threads_option(parser)
     workers_option(parser)
 
 
 def check_export(args: argparse.Namespace) -> None:
     """Make `formats` those that can be written here; `left_out` says what the others lack."""
+    check_paths(args.images)
+    if args.images and (args.data_dir or args.labels):
+        raise InputError('--images are pictures without labels, --data-dir and --labels have some; name one of both')
     every = 'all' in args.formats
     names = list(FORMATS) if every else list(dict.fromkeys(args.formats))
     lacks = {name: f'{name} {lack}' for name in names if (lack := missing(*FORMATS[name]))}
@@ -260,7 +306,7 @@ def check_benchmark(args: argparse.Namespace) -> None:
     """Refuse what is not installed, and fill in the runtimes."""
     on_cpu = args.device == 'cpu'
     args.runtimes = list(dict.fromkeys(args.runtimes or (['eager', 'onnx'] if on_cpu else ['eager'])))
-    lacks = [missing('demo', 'matplotlib')]
+    lacks = [missing('demo', 'matplotlib', 'textalloc')]
     if 'onnx' in args.runtimes:
         lacks.append(missing('export', 'onnx', 'onnxruntime'))
         if not on_cpu:
@@ -338,6 +384,7 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS = {
     'models': Subcommand('list the models', models),
     'finetune': Subcommand('train on a folder of images', finetune, check_finetune),
+    'predict': Subcommand('classify pictures', predict, check_predict),
     'tokens': Subcommand('draw what the tokens attend to', tokens, check_tokens),
     'export': Subcommand('write files for devices', export, check_export),
     'benchmark': Subcommand('measure models beside each other', benchmark, check_benchmark),

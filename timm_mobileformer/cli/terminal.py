@@ -1,12 +1,17 @@
 """What the user sees."""
+import os
 import shlex
-from collections.abc import Set
+import sys
+import tempfile
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Iterable
 
 from tqdm import tqdm
 
-__all__ = ['InputError', 'close_bars', 'missing', 'progress', 'quote', 'reason', 'some']
+__all__ = ['InputError', 'close_bars', 'missing', 'progress', 'quiet_unless_it_fails', 'quote', 'reason',
+           'some']
 
 
 class InputError(Exception):
@@ -48,6 +53,25 @@ class progress(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{'leave': False, 'disable': None, **kwargs})
+
+
+@contextmanager
+def quiet_unless_it_fails() -> Iterator[None]:
+    """Keep back what libraries write to standard error, by Python or not; it is shown if they fail."""
+    with tempfile.TemporaryFile() as kept:
+        sys.stderr.flush()
+        shown = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            kept.seek(0)
+            os.write(shown, kept.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def close_bars() -> None:

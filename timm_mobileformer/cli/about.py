@@ -1,0 +1,72 @@
+"""What an exported file says of itself: how a picture becomes its input, and what comes out.
+
+The same stands in a JSON file beside it and, by key, in the metadata of an ONNX file. The words are timm's own where it
+has them: `architecture`, `input_size`, `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`, `label_names`.
+"""
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+from timm.data import create_transform
+
+from .terminal import InputError, reason
+
+__all__ = ['About', 'describe', 'make_transform', 'read_about', 'write_about']
+
+About = Dict[str, Any]
+PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
+KEYS = (*PREPROCESSING, 'input_name', 'input_dtype', 'output_name', 'label_names')  # that using a file needs
+
+
+def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], raw: bool = False) -> About:
+    """What is to be known of a model to use it.
+
+    Args:
+        model: Of timm.
+        data_config: How its images are preprocessed, as timm resolves it.
+        label_names: Of its classes, by index.
+        raw: It takes pictures of its size as they are, and returns probabilities.
+    """
+    channels, height, width = data_config['input_size']
+    return {
+        'architecture': model.pretrained_cfg['architecture'],
+        'input_name': 'images',
+        'input_shape': ['batch', height, width, channels] if raw else ['batch', channels, height, width],
+        'input_layout': 'NHWC' if raw else 'NCHW',
+        'input_color': 'RGB',
+        'input_dtype': 'uint8' if raw else 'float32',  # of 0 ... 255, or of 0 ... 1 less mean and over std
+        **{key: data_config[key] for key in PREPROCESSING},
+        'output_name': 'probabilities' if raw else 'logits',
+        'label_names': label_names,
+    }
+
+
+def write_about(about: About, path: Path) -> None:
+    """Put it beside the exported file, `NAME.json` beside `NAME`, and into it, if that is an ONNX file."""
+    lines = (f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in about.items())
+    path.with_name(f'{path.name}.json').write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='ascii')
+    if path.suffix == '.onnx':
+        import onnx
+
+        file = onnx.load(path)
+        onnx.helper.set_model_props(file, {key: json.dumps(value) for key, value in about.items()})
+        onnx.save(file, path)
+
+
+def read_about(metadata: Dict[str, str], path: Path) -> About:
+    """What the metadata of an ONNX file say of it.
+
+    Raises:
+        InputError: Nothing, or not enough.
+    """
+    try:
+        about = {key: json.loads(metadata[key]) for key in KEYS}
+    except (KeyError, ValueError) as e:
+        raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '
+                         f'it lacks {reason(e)}') from e
+    return about
+
+
+def make_transform(about: About) -> Any:
+    """What makes a tensor (C, H, W) of a picture, normalized if the model wants it so."""
+    return create_transform(**{key: about[key] for key in PREPROCESSING}, normalize=about['input_dtype'] != 'uint8')

@@ -1,0 +1,227 @@
+"""The files that a model can be exported to, by the exporters of the libraries that run them."""
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, NamedTuple
+
+import torch
+import torch.nn as nn
+
+__all__ = ['FORMATS', 'Raw', 'Run', 'open_onnx']
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Raw(nn.Module):
+    """A model that takes pictures as they are and returns probabilities.
+
+    Args:
+        model: Takes normalized images and returns logits.
+        mean: Of each channel, of values 0 ... 1.
+        std: Of each channel.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, mean: Any, std: Any):
+        super().__init__()
+        self.model = model
+        self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, H, W, C) of 0 ... 255 to probabilities (B, classes)."""
+        return self.model((pictures.permute(0, 3, 1, 2) / 255 - self.mean) / self.std).softmax(dim=1)
+
+    def unnormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """The pictures (B, H, W, C) that images (B, C, H, W) were made of."""
+        return (255 * (images * self.std + self.mean)).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+# Each exporter takes the reparameterized model, at least two inputs and the file to write; each loader takes the file
+# and the number of threads, and returns what maps inputs to outputs.
+
+def to_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+
+def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    import onnx
+
+    output = 'probabilities' if isinstance(model, Raw) else 'logits'
+    torch.onnx.export(to_program(model, images), (), path, input_names=['images'], output_names=[output],
+                      dynamo=True, external_data=False, verbose=False)
+    file = onnx.load(path)
+    for node in file.graph.node:
+        del node.metadata_props[:]  # stack traces, as large as a small model and full of this machine's paths
+    onnx.save(file, path)
+
+
+def to_onnx_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """1x1 convolutions and linear layers, nearly all of the weights, in int8 by channel; the images calibrate the rest.
+
+    Stay in float: products of two activations, softmax, LayerNorm, GELU, the arithmetic of dynamic ReLU; the stem and
+    the depthwise convolutions, which hold no weights worth counting and in int8 cost accuracy. Where a depthwise
+    convolution widens, int8 is also many times slower: ONNX Runtime has no fast kernel for it.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        batches = iter(images.split(8))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {'images': batch.numpy()}
+
+    def in_int8(node) -> bool:
+        if node.op_type not in ('Conv', 'Gemm', 'MatMul') or node.input[1] not in shapes:
+            return False
+        return node.op_type != 'Conv' or node.name != stem and shapes[node.input[1]][1] != 1  # depthwise
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, 'prepared.onnx')
+        to_onnx(model, images, prepared)
+        quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        shapes = {t.name: t.dims for t in graph.initializer}
+        stem = next((node.name for node in graph.node if node.op_type == 'Conv'), '')
+        quantize_static(
+            prepared, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            nodes_to_quantize=[node.name for node in graph.node if in_int8(node)])
+    shrink(path)
+
+
+def shrink(path: Path) -> None:
+    """Shorten names, share equal tensors, drop zero points of 0 and shapes: a tenth of a small model in int8."""
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    model = onnx.load(path)
+    graph = model.graph
+    biases = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT32}
+    for node in graph.node:
+        if node.op_type == 'DequantizeLinear' and node.input[0] in biases:
+            del node.input[2]  # 0 by definition, and optional
+    used = {name for node in graph.node for name in node.input}
+    names = {value.name: value.name for value in [*graph.input, *graph.output]} | {'': ''}
+    shared: Dict[Any, str] = {}
+    tensors: Dict[str, TensorProto] = {}
+    for tensor in graph.initializer:
+        if tensor.name in used:
+            content = (tensor.data_type, *tensor.dims, numpy_helper.to_array(tensor).tobytes())
+            names[tensor.name] = shared.setdefault(content, f'w{len(shared)}')
+            tensor.name = names[tensor.name]
+            tensors[tensor.name] = tensor
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(tensors.values())
+    for node in graph.node:
+        node.name = ''
+        node.input[:] = [names[name] for name in node.input]
+        node.output[:] = [names.setdefault(name, f'{len(names)}') for name in node.output]
+    onnx.save(model, path)
+
+
+def open_onnx(path: Path, threads: int = 0) -> Any:
+    """A session of ONNX Runtime, with as many threads as there are cores by default."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+
+def load_onnx(path: Path, threads: int) -> Run:
+    session = open_onnx(path, threads)
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+def to_openvino(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    import openvino
+
+    openvino.save_model(openvino.convert_model(to_program(model, images)), path, compress_to_fp16=False)
+
+
+def load_openvino(path: Path, threads: int) -> Run:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    shape = model.input().partial_shape
+    shape[0] = 1  # a batch left open costs more than half of the speed, in shapes computed anew for every image
+    model.reshape(shape)
+    compiled = core.compile_model(
+        model, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda images: torch.cat([torch.from_numpy(compiled(image.numpy())[0].copy()) for image in images.split(1)])
+
+
+def lower(program: torch.export.ExportedProgram, path: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.utils.configs import get_transform_passes, get_xnnpack_edge_compile_config
+    from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(
+        program,
+        transform_passes=get_transform_passes(),
+        partitioner=[XnnpackPartitioner()],
+        compile_config=get_xnnpack_edge_compile_config(),
+    ).to_executorch()
+    path.write_bytes(lowered.buffer)
+
+
+def to_executorch(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """One image at a time: XNNPACK would leave out slices, and more, of a dynamic batch."""
+    lower(torch.export.export(model, (images[:1],)), path)
+
+
+def to_executorch_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """By PyTorch's PT2E: what XNNPACK's quantizer can take, in int8 by channel; the images calibrate it."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    observed = prepare_pt2e(torch.export.export(model, (images[:1],)).module(), quantizer)
+    for image in images.split(1):
+        observed(image)
+    lower(torch.export.export(convert_pt2e(observed), (images[:1],)), path)
+
+
+def load_executorch(path: Path, threads: int) -> Run:
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(threads)  # safe before anything is loaded
+    method = Runtime.get().load_program(path).load_method('forward')
+    return lambda images: torch.cat([method.execute([image])[0].clone() for image in images.split(1)])
+
+
+def to_aoti(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(
+        to_program(model, images), package_path=str(path), inductor_configs={'freezing': True})
+
+
+def load_aoti(path: Path, threads: int) -> Run:
+    return torch._inductor.aoti_load_package(str(path))  # its threads are those of when it was compiled
+
+
+class Format(NamedTuple):
+    title: str
+    suffix: str
+    export: Callable[[nn.Module, torch.Tensor, Path], None]
+    load: Callable[[Path, int], Run]
+    batch: Any = 'batch'  # how many images it takes at a time
+
+
+FORMATS = {
+    'onnx': Format('ONNX Runtime', '.onnx', to_onnx, load_onnx),
+    'onnx-int8': Format('ONNX Runtime, int8', '.int8.onnx', to_onnx_int8, load_onnx),
+    'openvino': Format('OpenVINO', '.xml', to_openvino, load_openvino),
+    'executorch': Format('ExecuTorch, XNNPACK', '.pte', to_executorch, load_executorch, 1),
+    'executorch-int8': Format('ExecuTorch, XNNPACK, int8', '.int8.pte', to_executorch_int8, load_executorch, 1),
+    'aoti': Format('AOTInductor', '.pt2', to_aoti, load_aoti),
+}
