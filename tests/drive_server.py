@@ -10,7 +10,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Union
+from typing import Any, Callable, Dict, Iterator, List, Union
 from urllib.parse import parse_qs, urlsplit
 
 HOSTS = 'drive.google.com', 'drive.usercontent.google.com', 'accounts.google.com'
@@ -33,8 +33,9 @@ class Drive:
 
     def __init__(self) -> None:
         self.files: Dict[str, bytes] = {}
-        self.ways: Dict[str, str] = {}  # of PAGES; 'drop' in the middle, 'short', 'html' in place of the file, 'refuse'
-        self.log: List[str] = []  # host and path of each request
+        # A page of PAGES, 'html' instead of the file, half of it by 'short' or 'drop', or what to do before the drop.
+        self.ways: Dict[str, Union[str, Callable[[], None]]] = {}
+        self.log: List[str] = []  # the identifiers that were asked for, and other hosts
         self.env: Dict[str, str] = {}  # for clients
 
 
@@ -61,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body: Union[bytes, str] = b'', **headers: str) -> None:
         content = body.encode() if isinstance(body, str) else body
         self.send_response(status)
-        for name, value in {'Content-Type': 'text/html; charset=utf-8', 'Content-Length': str(len(content)),
+        for name, value in {'Content_Type': 'text/html; charset=utf-8', 'Content_Length': str(len(content)),
                             **headers}.items():
             self.send_header(name.replace('_', '-'), value)
         self.end_headers()
@@ -71,8 +72,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(url.query).items()}
-        self.drive.log.append(self.host + url.path)
         file_id = query.get('id', '')
+        if self.host == 'drive.google.com':
+            self.drive.log.append(file_id)
         way = self.drive.ways.get(file_id, '')
         if self.host == 'accounts.google.com':
             self.answer(200, PAGES['sign in'])
@@ -89,15 +91,17 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_file(self.drive.files[file_id], way)
 
-    def send_file(self, content: bytes, way: str) -> None:
+    def send_file(self, content: bytes, way: Union[str, Callable[[], None]]) -> None:
         headers = {'Content_Type': 'application/octet-stream',
                    'Content_Disposition': 'attachment; filename="checkpoint.pth.tar"'}
         if way == 'html':
             self.answer(200, '<!DOCTYPE html><title>Welcome to this hotel</title>', **headers)
         elif way == 'short':
             self.answer(200, content[:len(content) // 2], **headers)
-        elif way == 'drop':
+        elif way == 'drop' or callable(way):
             self.answer(200, content[:len(content) // 2], Content_Length=str(len(content)), **headers)
+            if callable(way):
+                way()
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
         else:

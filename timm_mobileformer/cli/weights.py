@@ -95,9 +95,9 @@ def fetch(variant: str, folder: Path) -> Path:
                 download(variant, here)
             examine(here, variant)
         except InputError as e:
-            raise InputError(f'{variant}: {"" if is_new else f"{file}: "}{reason(e).removeprefix(f"{here}: ")}; open '
-                             f'{url} in a browser, and save the file as {quote(file)} and run this again, or name it '
-                             'with --checkpoint') from e
+            raise InputError(f'{variant if is_new else file}: {reason(e).removeprefix(f"{here}: ")}; open {url} in a '
+                             f'browser, save the file as {quote(file)} and run this again, or name it with --checkpoint'
+                             ) from e
         found = {'url': url, 'size': here.stat().st_size, 'sha256': sha256(here)}
         known = read_record(file)
         if known and known['sha256'] != found['sha256']:
