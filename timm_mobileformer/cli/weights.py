@@ -98,6 +98,9 @@ def fetch(variant: str, folder: Path) -> Path:
             raise InputError(f'{variant if is_new else file}: {reason(e).removeprefix(f"{here}: ")}; open {url} in a '
                              f'browser, save the file as {quote(file)} and run this again, or name it with --checkpoint'
                              ) from e
+        except OSError as e:
+            raise InputError(f'{folder} cannot be used ({e.strerror or e}); free some space, or name another '
+                             '--download-dir') from e
         found = {'url': url, 'size': here.stat().st_size, 'sha256': sha256(here)}
         known = read_record(file)
         if known and known['sha256'] != found['sha256']:
