@@ -24,7 +24,8 @@ from timm_mobileformer.cli.files import whole
 from timm_mobileformer.cli.load import class_names, load_model
 from timm_mobileformer.cli.terminal import InputError, progress
 
-SUBCOMMANDS = {'benchmark', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens'}
+SUBCOMMANDS = {
+    'benchmark', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens', 'weights'}
 
 
 def command(*args, **kwargs):
@@ -53,7 +54,8 @@ def test_the_installed_command_is_the_module():
 
 def test_help_and_wrong_arguments_are_answered_before_anything_heavy_is_imported(tmp_path):
     wrong = [['tokens', 'a.png', '--model', 'x', '--output', 'a.xyz'], ['export', 'tflite'], ['recipe', 'x'], [], ['x'],
-             ['finetune', '--img-size', '8'], ['benchmark', '--rounds', '1'], ['publish'], ['models', '--colour'],
+             ['finetune', '--img-size', '8'], ['benchmark', '--rounds', '1'], ['publish'], ['weights', 'x'],
+             ['models', '--colour'],
              ['tokens', 'a.png', '--model', 'x', '--checkpoint', 'missing.pth'], ['finetune', '--data-dir', 'missing']]
     code = f'''
 import sys
@@ -83,7 +85,9 @@ assert not {{'torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'huggingface_hub'}} 
     (('export', 'onnx', '--labels', 'no.csv'), '--labels: no such file: no.csv'),
     (('export', 'onnx', '--data-dir', __file__), f'--data-dir: no such folder: {__file__}'),
     (('export', 'onnx', '--model', 'x', '--pretrained', '--checkpoint', 'x'), 'not allowed with argument'),
-    (('publish', '--all', '.', '--model', 'x'), 'give --model NAME --checkpoint FILE, --model FOLDER, or --all FOLDER'),
+    (('publish', '--all', '.', '--model', 'x'), 'give --model NAME, --model NAME --checkpoint FILE, --model'),
+    (('publish', '--all', '--validate-only'), "--validate-only needs the folder of ImageNet's validation images"),
+    (('weights', '--all', '--checkpoint', __file__), 'give NAME, NAME --checkpoint FILE, --all, or --all FOLDER'),
     (('publish', '--all', '.', '--repo-id', 'a/b'), '--repo-id names one repository, --all needs --namespace'),
     (('recipe', 'mobileformer_1m'), 'there is no recipe mobileformer_1m; these are: finetune, mobileformer_151m'),
 ])

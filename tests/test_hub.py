@@ -21,11 +21,12 @@ from authors import author_state_dict
 from hub_server import TOKENS, Hub
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 
-import timm_mobileformer  # noqa: F401
+from timm_mobileformer.checkpoint import MisfitError
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ['26m', '52m', '96m', '151m', '214m', '294m', '508m']
@@ -244,7 +245,7 @@ def test_weights_published_elsewhere_load_by_namespace_overlay_and_hub_name_at_a
 
 # When weights cannot be had
 
-def test_missing_weights_give_one_error_with_the_repository_the_reason_and_three_ways_on(
+def test_missing_weights_give_one_error_with_the_repository_the_reason_and_ways_on(
         hub, clients, published, checkpoints, tmp_path, unreachable):
     good = hub.files(repository('26m'))['model.safetensors']
     bomb = tmp_path / 'bomb.bin'
@@ -285,8 +286,9 @@ def test_missing_weights_give_one_error_with_the_repository_the_reason_and_three
         repo = repository('26m') if name in ('unreachable', 'offline') else f'others/{name}'
         assert f'Hugging Face repository {repo} (http://127.0.0.1:' in out
         assert reasons[name] in out, (name, out)
-        assert all(way in out for way in ('timm-mobileformer publish', 'TIMM_MOBILEFORMER_HUB', "dict(file='FILE')"))
-        assert out.count('Three ways on') == 1 and 'cause: NoneType' not in out
+        assert all(way in out for way in ('timm-mobileformer publish', 'TIMM_MOBILEFORMER_HUB', "dict(file='FILE')",
+                                          'timm-mobileformer weights mobileformer_26m\n'))
+        assert out.count('Ways on') == 1 and 'cause: NoneType' not in out
     assert not (tmp_path / 'executed').exists()
     # nothing of a half-downloaded file is there to be taken for weights, and the next attempt works
     assert not [p for p in (tmp_path / 'dropped').rglob('*') if p.is_file() and p.stat().st_size > 100_000]
@@ -295,7 +297,24 @@ def test_missing_weights_give_one_error_with_the_repository_the_reason_and_three
     assert clients(tmp_path / 'jobs', {'again': again})['again'].status == 0
 
 
-def test_errors_that_are_not_about_weights_stay_what_they_are():
+def test_errors_that_are_not_about_weights_of_the_hub_stay_what_they_are(tmp_path):
+    name = 'mobileformer_26m'
+    save_for_hf(timm.create_model(name), tmp_path / 'folder', safe_serialization=True)
+    damaged = tmp_path / 'folder' / 'model.safetensors'
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    foreign = timm.create_model('test_resnet').state_dict()
+    torch.save(foreign, tmp_path / 'foreign.pth')
+    for model, overlay, kind in (
+            (f'local-dir:{tmp_path}/folder', {}, SafetensorError),
+            (name, {'file': str(damaged)}, SafetensorError),
+            (name, {'file': str(tmp_path / 'missing.pth')}, FileNotFoundError),
+            (name, {'file': str(tmp_path / 'foreign.pth')}, MisfitError),
+            (name, {'state_dict': foreign}, MisfitError)):
+        with pytest.raises(kind) as error:
+            timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+        assert 'timm-mobileformer' not in str(error.value) and type(error.value) is kind
+    with pytest.raises(RuntimeError, match='device type'):
+        timm.create_model(name, pretrained=True, device='no_such_device')
     with pytest.raises(TypeError, match='no_such_argument'):
         timm.create_model('mobileformer_26m', pretrained=True, no_such_argument=1)
     with pytest.raises(RuntimeError, match='No pretrained weights exist for test_mobileformer'):
@@ -440,7 +459,7 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
     assert len(hub.log) == seen and not (tmp_path / 'executed').exists()
 
 
-def test_accuracy_on_real_images_is_compared_with_the_papers(hub, clients, checkpoints, tmp_path):
+def test_accuracy_on_real_images_is_compared_with_the_papers(hub, clients, checkpoints, published, tmp_path):
     """The images are noise; in the folder 'right' they lie in the classes that the model sees in them."""
     file = checkpoints / '26m.pth.tar'
     model = from_file('26m', file).eval()
@@ -456,12 +475,27 @@ def test_accuracy_on_real_images_is_compared_with_the_papers(hub, clients, check
             image.save(tmp_path / folder / names[label] / f'{i}.png')
     (tmp_path / 'unnamed' / 'cats').mkdir(parents=True)
     image.save(tmp_path / 'unnamed' / 'cats' / '1.png')
+    save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    seen = len(hub.log)
     results = clients(tmp_path / 'jobs', {
-        name: upload(*weights('26m', file), '--dry-run', tmp_path / f'files-{name}', '--validate',
-                     tmp_path / folder, *more)
-        for name, folder, *more in (('right', 'right'), ('wrong', 'wrong'), ('forced', 'wrong', '--force'),
-                                    ('unnamed', 'unnamed'))
+        **{name: upload(*weights('26m', file), '--dry-run', tmp_path / f'files-{name}', '--validate',
+                        tmp_path / folder, *more)
+           for name, folder, *more in (('right', 'right'), ('wrong', 'wrong'), ('forced', 'wrong', '--force'),
+                                       ('unnamed', 'unnamed'))},
+        **{name: upload('--validate-only', '--validate', tmp_path / folder, '--model', *which, token='')
+           for name, folder, *which in (('published', 'right', f'hf-hub:{repository("26m")}'),
+                                        ('by name', 'right', 'mobileformer_26m', '--pretrained'),
+                                        ('folder', 'wrong', tmp_path / 'folder'))},
     })
+    table = r'\n\n\| model \| top-1 .*\n\|(?:---\|)+\n\| mobileformer_26m \| (.*) \|\n\ntimm_mobileformer .*, torch '
+    for name in 'published', 'by name':
+        assert results[name].status == 0, results[name].out
+        assert re.search(table, results[name].out)[1] == (
+            '100.00 | 64.0 | 100.00 | 5 | `hf-hub:timm-mobileformer/mobileformer_26m.ms_in1k`')
+    assert results['folder'].status == 1  # short of the paper
+    assert re.search(table, results['folder'].out)[1].startswith('0.00 | 64.0 | ')
+    assert '`model.safetensors`, SHA-256 `' in results['folder'].out
+    assert not {step for _, step in hub.log[seen:]} - {'head', 'get', 'info', 'tree'}
     assert results['right'].status == 0 and 'top-1 100.00 on 5 images, 64.0 in the paper' in results['right'].out
     assert 'top-1 0.00 is more than 0.3 short of the 64.0' in message(results['wrong'])
     assert results['forced'].status == 0

@@ -26,7 +26,7 @@ def work(tmp_path_factory):
     inside.mkdir(parents=True)
     (folder / 'photos' / '.hidden').mkdir()
     generator = torch.Generator().manual_seed(0)
-    for path in (inside / '1.png', inside / '2.JPG', folder / 'photos' / 'rotated.jpg', folder / 'photos/.hidden/3.png'):
+    for path in (inside / '1.png', inside / '2.JPG', folder / 'photos/rotated.jpg', folder / 'photos/.hidden/3.png'):
         pixels = torch.randint(256, (4, 5, 3), generator=generator, dtype=torch.uint8).numpy()
         exif = Image.Exif()
         exif[0x0112] = 6  # Orientation: to be turned

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-__all__ = ['checkpoint_filter_fn']
+__all__ = ['MisfitError', 'checkpoint_filter_fn']
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ _BLOCK = {
 }
 
 
+class MisfitError(RuntimeError):
+    """A checkpoint does not fit the model."""
+
+
 def _authors_names(keys: Iterable[str]) -> Dict[str, str]:
     """The authors' name of every tensor of ours, which come in the order of the network."""
     names: Dict[str, str] = {}
@@ -92,7 +96,7 @@ def checkpoint_filter_fn(
         strict: Refuse missing and surplus tensors too; a warning names them otherwise.
 
     Raises:
-        RuntimeError: Tensors are missing, surplus or of the wrong shape; the error names them as the checkpoint does.
+        MisfitError: Tensors are missing, surplus or of the wrong shape; the error names them as the checkpoint does.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -116,7 +120,7 @@ def checkpoint_filter_fn(
     found = {kind: f'{kind}: {_name_some(names)}' for kind, names in problems.items() if names}
     message = f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(found.values())
     if strict and found or 'misshaped' in found:
-        raise RuntimeError(message)
+        raise MisfitError(message)
     if found:
         _logger.warning(message)
     return out

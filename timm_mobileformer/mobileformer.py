@@ -766,7 +766,7 @@ default_cfgs = generate_default_cfgs({
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
     strict = kwargs.get('pretrained_strict', not kwargs.get('features_only', False))  # as timm has it
-    with explain_missing_weights(variant, kwargs):
+    with explain_missing_weights(variant, pretrained, kwargs):
         return build_model_with_cfg(
             MobileFormer,
             variant,

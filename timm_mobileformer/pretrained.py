@@ -1,20 +1,24 @@
 """What pretrained weights are said to reach, and what a user is told when they cannot be had."""
-import traceback
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any, Dict, Iterator
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from timm.models import load_pretrained, resolve_pretrained_cfg
+from timm.models import resolve_pretrained_cfg
 from timm.models._builder import _resolve_pretrained_source
+
+from .checkpoint import MisfitError
 
 __all__ = ['PAPER_TOP1', 'explain_missing_weights', 'why']
 
@@ -54,12 +58,17 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+# Of a download, of the file that it brings, and of weights that do not fit; timm puts a pickle's into one of its own.
+KINDS = OSError, HTTPError, EntryNotFoundError, HFValidationError, SafetensorError, UnpicklingError, MisfitError
+
+
 @contextmanager
-def explain_missing_weights(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]:
-    """Turn any error out of timm's `load_pretrained` into one that says what to do; others pass.
+def explain_missing_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterator[None]:
+    """Turn an error about weights from the Hub into one that says what to do; others pass.
 
     Args:
         variant: Name of the model without a tag.
+        pretrained: Weights are loaded.
         kwargs: Arguments of `build_model_with_cfg`, of which the pretrained config tells the repository.
 
     Raises:
@@ -68,17 +77,17 @@ def explain_missing_weights(variant: str, kwargs: Dict[str, Any]) -> Iterator[No
     try:
         yield
     except Exception as error:
-        if all(frame.f_code is not load_pretrained.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
-            raise
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        source, location = _resolve_pretrained_source(cfg.to_dict())
-        if source in ('', 'state_dict'):
+        source, _ = _resolve_pretrained_source(cfg.to_dict())
+        about_weights = isinstance(error, KINDS) or isinstance(error.__cause__, UnpicklingError)
+        if not (pretrained and source == 'hf-hub' and about_weights):
             raise
-        hub = f'the Hugging Face repository {cfg.hf_hub_id} ({constants.ENDPOINT})'
         raise RuntimeError(
-            f'{variant}: no weights from {hub if source == "hf-hub" else location}: {why(error)}. Three ways on:\n'
-            f'  - publish them: timm-mobileformer publish --model {variant} --checkpoint FILE\n'
+            f'{variant}: no weights from the Hugging Face repository {cfg.hf_hub_id} ({constants.ENDPOINT}): '
+            f'{why(error)}. Ways on:\n'
+            f"  - fetch the authors' own, once: timm-mobileformer weights {variant}\n"
             f'  - take them from another namespace: TIMM_MOBILEFORMER_HUB=NAMESPACE in the environment,'
             f" or pretrained_cfg_overlay=dict(hf_hub_id='NAMESPACE/{variant}.ms_in1k')\n"
-            f"  - load a local checkpoint: pretrained_cfg_overlay=dict(file='FILE')"
+            f"  - load a local checkpoint: pretrained_cfg_overlay=dict(file='FILE')\n"
+            f'  - publish them: timm-mobileformer publish --model {variant}'
         ) from error

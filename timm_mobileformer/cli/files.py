@@ -1,4 +1,5 @@
 """Files that are whole or not there."""
+import hashlib
 import os
 import shutil
 import warnings
@@ -6,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from .terminal import InputError
+from .terminal import InputError, progress
 
-__all__ = ['save_figure', 'whole']
+__all__ = ['save_figure', 'sha256', 'whole']
 
 
 @contextmanager
@@ -38,6 +39,16 @@ def whole(folder: Path, name: str = '.unfinished') -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file, progress(
+            total=path.stat().st_size, desc=f'Hashing {path.name}', unit='B', unit_scale=True) as bar:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 def save_figure(figure: Any, path: Path, **kwargs: Any) -> None:

@@ -21,6 +21,7 @@ from timm.models import get_arch_name, is_model_in_modules, resolve_model_input_
 from timm_mobileformer import MobileFormer, checkpoint_filter_fn
 from timm_mobileformer.pretrained import why
 
+from .options import AUTHORS_FILES
 from .terminal import InputError, quote, reason
 
 __all__ = [
@@ -115,8 +116,10 @@ def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]
         return f'{args.model}: {why(error)}'
     text = reason(error).removeprefix(f'{args.model}: ')
     if args.pretrained:  # what else to do is said in Python there
-        text = re.split(r'\. (?:Three ways on:|Use `pretrained=False`)', text)[0]
+        text = re.split(r'\. (?:Ways on:|Use `pretrained=False`)', text)[0]
         text += '; --checkpoint FILE takes the weights from a file'
+        if (name := get_arch_name(args.model)) in AUTHORS_FILES:
+            text += f", and timm-mobileformer weights {name} fetches the authors' into a folder for --model"
     return f'{args.model}: {text}'
 
 

@@ -25,4 +25,5 @@ def run(args: argparse.Namespace) -> None:
     print("""
 MACs of the convolutions and matrix products, for an image of 224x224 (test_mobileformer: 160x160).
 Top-1 on ImageNet-1k in percent as the paper (arXiv 2108.05895) reports it; it was not measured here.
-Weights: where --pretrained and pretrained=True load them from.""")
+Weights: where --pretrained and pretrained=True load them from, once they are published; until then, there is
+timm-mobileformer weights NAME.""")

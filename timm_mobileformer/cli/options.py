@@ -14,6 +14,15 @@ __all__ = ['RECIPES', 'parse']
 RECIPES = Path(__file__).parents[1] / 'recipes'
 PICTURES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # that matplotlib writes
 AUTHORS_TAG = 'ms_in1k'  # of the authors' weights
+AUTHORS_FILES = {  # on Google Drive, by the table in the README of AAboys/MobileFormer
+    'mobileformer_26m': '15uWYzx2VWWUjacZQHB56vOHzKxQDlp5O',
+    'mobileformer_52m': '1ekq_FPl57gjIlYX16Ll0nBuEyB0pjgGt',
+    'mobileformer_96m': '1kMbRceswujtliCHKr-nxMFsrkvBrEfrW',
+    'mobileformer_151m': '1w4QO-zhJ8QI1zGu7iOZ7lXxYJ5G1VXdF',
+    'mobileformer_214m': '13MOjdIMMBJgqyq_ld-grRhBBHOFU5Ggd',
+    'mobileformer_294m': '1JBSM7NJ60fN9TgT5sMnbhmbZwrzcBd0r',
+    'mobileformer_508m': '1bqLIcpbCaxK-Eb4wcxk0iJpFJ1nXfGuF',
+}
 RUNTIMES = {'eager': 'PyTorch eager', 'compile': 'torch.compile', 'onnx': 'ONNX Runtime'}
 FORMATS: Dict[str, Tuple[str, ...]] = {  # the extra of this package and the modules that each needs
     'onnx': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
@@ -111,6 +120,8 @@ recipe that comes with them. It is in timm's source:
   git clone --depth 1 --branch v{timm} https://github.com/huggingface/pytorch-image-models
   python pytorch-image-models/train.py --config "$(timm-mobileformer recipe finetune)" \\
       --model mobileformer_52m --pretrained --num-classes N --data-dir DIR
+
+--pretrained needs published weights; `timm-mobileformer weights` fetches the authors' into a folder for --model.
 """
 
 
@@ -315,22 +326,55 @@ def check_benchmark(args: argparse.Namespace) -> None:
         raise InputError(f'benchmark {"; ".join(filter(None, lacks))}')
 
 
+# weights
+
+def authors_options(group: Any) -> None:
+    group.add_argument('--all', type=Path, metavar='FOLDER', nargs='?', const=True,
+                       help="every variant: the authors' files, or those in a folder")
+    group.add_argument('--download-dir', type=Path, metavar='DIR',
+                       help="folder that keeps the authors' files; those in it are not fetched again (default: in the "
+                            'cache of huggingface_hub)')
+
+
+def weights(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Fetch the authors' weights from the links in their README (Google Drive), once, and write a folder that timm loads:
+
+  timm-mobileformer weights mobileformer_294m
+
+A file is read as data only, every tensor must fit and be finite, and the model must answer; then the folder gets
+config.json and model.safetensors, and its name is printed as --model and create_model take it."""
+    parser.add_argument('model', nargs='?', metavar='NAME', choices=AUTHORS_FILES, help=some(AUTHORS_FILES, 7))
+    authors_options(parser)
+    parser.add_argument('--checkpoint', metavar='FILE', type=Path,
+                        help='the file, downloaded by hand; nothing is fetched')
+    parser.add_argument('--output', type=Path, metavar='DIR',
+                        help='folder to write; with --all, to write a folder a variant in (default: in the cache of '
+                             'huggingface_hub)')
+    parser.set_defaults(pretrained=None, use_ema=None, img_size=None, tag=None)  # of `publish`
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    if bool(args.all) == bool(args.model) or args.all and args.checkpoint:
+        raise InputError('give NAME, NAME --checkpoint FILE, --all, or --all FOLDER')
+
+
 # publish
 
 def publish(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
 Publish weights of a Mobile-Former on the Hugging Face Hub, where pretrained=True finds them:
 
+  timm-mobileformer publish --all --namespace ORG
   timm-mobileformer publish --model mobileformer_294m --checkpoint FILE
-  timm-mobileformer publish --all FOLDER --namespace ORG
 
-A checkpoint, the authors' or one of ours, is read as data only and checked: every tensor fits and is finite, the model
-answers, and, with --validate, it is as accurate as the paper says. Only then timm's own files for the Hub (config.json,
-model.safetensors, README.md) go up in one commit, are downloaded into an empty cache, and must give the same answer to
-the bit. Running it again sends what is missing, or nothing."""
+A checkpoint, fetched from the authors' links where none is named, is read as data only and checked: every tensor fits
+and is finite, the model answers, and, with --validate, it is as accurate as the paper says. Only then timm's own files
+for the Hub (config.json, model.safetensors, README.md) go up in one commit, are downloaded into an empty cache, and
+must give the same answer to the bit. Running it again sends what is missing, or nothing."""
     group = parser.add_argument_group('what')
     model_options(group)
-    group.add_argument('--all', type=Path, metavar='FOLDER', help='publish every variant whose file lies in a folder')
+    authors_options(group)
     group = parser.add_argument_group('where')
     where = group.add_mutually_exclusive_group()
     where.add_argument('--namespace', metavar='ORG',
@@ -350,6 +394,8 @@ the bit. Running it again sends what is missing, or nothing."""
                        help="folder of ImageNet's validation images in class folders; refuse weights worse than the "
                             'paper says')
     group.add_argument('--force', action='store_true', help='publish even so')
+    group.add_argument('--validate-only', action='store_true',
+                       help='publish nothing: print top-1 and top-5 beside the paper\'s; --model may be published, too')
     batch_size_option(group, 64, 64)
     workers_option(group)
     device_option(group)
@@ -357,9 +403,11 @@ the bit. Running it again sends what is missing, or nothing."""
 
 def check_publish(args: argparse.Namespace) -> None:
     if bool(args.all) == bool(args.model) or args.all and (args.checkpoint or args.pretrained):
-        raise InputError('give --model NAME --checkpoint FILE, --model FOLDER, or --all FOLDER')
+        raise InputError('give --model NAME, --model NAME --checkpoint FILE, --model FOLDER, --all, or --all FOLDER')
     if args.all and args.repo_id:
         raise InputError('--repo-id names one repository, --all needs --namespace')
+    if args.validate_only and not args.validate:
+        raise InputError("--validate-only needs the folder of ImageNet's validation images: --validate DIR")
 
 
 # models and recipe
@@ -388,6 +436,7 @@ SUBCOMMANDS = {
     'tokens': Subcommand('draw what the tokens attend to', tokens, check_tokens),
     'export': Subcommand('write files for devices', export, check_export),
     'benchmark': Subcommand('measure models beside each other', benchmark, check_benchmark),
+    'weights': Subcommand("fetch the authors' weights", weights, check_weights),
     'publish': Subcommand('put weights on the Hugging Face Hub', publish, check_publish),
     'recipe': Subcommand("print the path of a recipe for timm's train.py", recipe),
 }
@@ -422,7 +471,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             raise InputError(f'{option(key)} must be {limits}, not {value}')
     for key in FILES + FOLDERS:
         path = getattr(args, key, None)
-        if path and (not path.exists() or path.is_dir() != (key in FOLDERS)):
+        if isinstance(path, Path) and (not path.exists() or path.is_dir() != (key in FOLDERS)):
             raise InputError(f'{option(key)}: no such {"folder" if key in FOLDERS else "file"}: {path}')
     SUBCOMMANDS[args.subcommand].check(args)
     return args

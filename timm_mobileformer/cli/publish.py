@@ -1,93 +1,55 @@
 """Publish weights of a Mobile-Former on the Hugging Face Hub."""
 import argparse
 import errno
-import hashlib
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from timm.data import ImageNetInfo, create_loader, resolve_model_data_config
-from timm.models._hub import generate_readme, save_for_hf
+from timm.models._hub import generate_readme
 from timm.utils import AverageMeter, accuracy
 
-from timm_mobileformer import checkpoint_filter_fn
 from timm_mobileformer.pretrained import PAPER_TOP1, why
 
 from .data import Found, Pictures, check_images
-from .files import whole
-from .load import load_mobileformer, pick_device, read_checkpoint
-from .options import AUTHORS_TAG
-from .terminal import InputError, progress, reason, some
+from .files import sha256, whole
+from .load import pick_device
+from .options import AUTHORS_FILES, AUTHORS_TAG
+from .terminal import InputError, progress, reason
+from .weights import CACHE, Candidate, check, fetch, find_variants, read_record, save, verify
 
 __all__ = ['run']
 
 TOLERANCE = 0.3  # points of top-1 that weights may miss of the paper's figure
-SUFFIXES = '.safetensors', '.pth', '.pt', '.tar', '.bin'
 
 
-class Candidate(NamedTuple):
-    """Weights ready to be published."""
-    model: Any
-    repo_id: str
-    source: str  # what --model or --checkpoint names
-    file: Optional[Path]  # that holds them, if they are on this machine
-    x: torch.Tensor
-    answer: torch.Tensor
+class Accuracy(NamedTuple):
+    """Of a model on ImageNet's validation images, in percent."""
+    top1: float
+    top5: float
+    images: int
+    paper: float  # top-1; it gives no top-5
 
 
-def find_variants(folder: Path, use_ema: bool) -> Dict[str, Path]:
-    """The checkpoint of each variant in a folder, told apart by their tensors, whatever their names."""
-    found: Dict[str, Path] = {}
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
-    models = {variant: timm.create_model(variant, device='meta') for variant in PAPER_TOP1}
-    for path in progress(files, 'Looking for checkpoints', unit='file'):
-        tensors, _ = read_checkpoint(path, use_ema)
-        for variant, model in models.items():
-            try:
-                checkpoint_filter_fn(tensors, model)
-            except RuntimeError:
-                continue
-            if variant in found:
-                raise InputError(f'{found[variant]} and {path} are both of {variant}: leave one in the folder')
-            found[variant] = path
-            break
-        else:
-            raise InputError(f'{path}: fits no Mobile-Former; take it out of the folder')
-    if not found:
-        raise InputError(f'{folder}: holds no checkpoint ({", ".join(SUFFIXES)})')
-    return found
-
-
-def check(args: argparse.Namespace) -> Candidate:
-    """Load a model and refuse what should not be published."""
-    model = load_mobileformer(args).eval()
-    source, file = str(args.checkpoint or args.model), args.checkpoint
-    if (weights := Path(args.model, 'model.safetensors')).is_file() and not file:  # of finetune
-        file = weights
-    repo_id = name_repository(model.pretrained_cfg, args)
-    if model.pretrained_cfg['tag'] == AUTHORS_TAG and model.num_classes != 1000:
-        raise InputError(f'{source}: {model.num_classes} classes, but {AUTHORS_TAG} means the 1000 of ImageNet-1k: '
-                         'name a --tag')
-    broken = [k for k, v in model.state_dict().items() if not v.isfinite().all()]
-    if broken:
-        raise InputError(f'{source}: NaN or infinity in {some(broken)}')
-    x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        answer = model(x)
-    if not answer.isfinite().all():
-        raise InputError(f'{source}: the model answers NaN or infinity')
-    variant = model.pretrained_cfg['architecture']
-    print(f'{source}: fits {variant}, {sum(p.numel() for p in model.parameters()):,} parameters, all finite')
-    if args.validate:
-        validate(variant, model, args)
-    return Candidate(model, repo_id, source, file, x, answer)
+def every_model(args: argparse.Namespace) -> List[argparse.Namespace]:
+    """The options of each model that is named; those of the authors are fetched where no other weights are named."""
+    folder = args.download_dir or CACHE / 'downloads'
+    if args.all:
+        files = {v: fetch(v, folder) for v in AUTHORS_FILES} if args.all is True else find_variants(
+            args.all, args.use_ema)
+    elif args.model in AUTHORS_FILES and not (args.checkpoint or args.pretrained) and args.tag in (None, AUTHORS_TAG):
+        files = {args.model: fetch(args.model, folder)}
+    else:
+        return [args]
+    return [argparse.Namespace(**{**vars(args), 'model': variant, 'checkpoint': file})
+            for variant, file in files.items()]
 
 
 def name_repository(cfg: Dict[str, Any], args: argparse.Namespace) -> str:
@@ -109,8 +71,9 @@ def name_repository(cfg: Dict[str, Any], args: argparse.Namespace) -> str:
 
 
 @torch.inference_mode()
-def validate(variant: str, model: Any, args: argparse.Namespace) -> None:
-    """Top-1 on a folder of ImageNet's validation images, compared with the paper's figure."""
+def validate(candidate: Candidate, args: argparse.Namespace) -> Accuracy:
+    """Measure a model on a folder of ImageNet's validation images."""
+    model, variant = candidate.model, candidate.model.pretrained_cfg['architecture']
     index = {name: i for i, name in enumerate(ImageNetInfo('imagenet-1k').label_names())}
     if model.num_classes != len(index) or variant not in PAPER_TOP1:
         raise InputError(f'{variant} of {model.num_classes} classes is not in the paper: leave out --validate')
@@ -123,20 +86,56 @@ def validate(variant: str, model: Any, args: argparse.Namespace) -> None:
         Pictures(samples), batch_size=args.batch_size, num_workers=args.workers,  # type: ignore[arg-type]
         device=device, **resolve_model_data_config(model))
     model.to(device)
-    top1 = AverageMeter()
+    top1, top5 = AverageMeter(), AverageMeter()
     for images, target in progress(loader, f'Validating {variant}', unit='batch'):
-        hits, = accuracy(model(images), target, topk=(1,))
-        top1.update(hits.item(), len(images))
+        for meter, hits in zip((top1, top5), accuracy(model(images), target, topk=(1, 5)), strict=True):
+            meter.update(hits.item(), len(images))
     model.cpu()
-    paper = PAPER_TOP1[variant]
-    print(f'{variant}: top-1 {top1.avg:.2f} on {top1.count:,} images, {paper} in the paper')
-    if top1.avg < paper - TOLERANCE and not args.force:
-        raise InputError(f'{variant}: top-1 {top1.avg:.2f} is more than {TOLERANCE} short of the {paper} of the paper: '
-                         'wrong weights or images; --force publishes all the same')
+    found = Accuracy(top1.avg, top5.avg, top1.count, PAPER_TOP1[variant])
+    print(f'{variant}: top-1 {found.top1:.2f} on {found.images:,} images, {found.paper} in the paper; '
+          f'top-5 {found.top5:.2f}')
+    return found
 
 
-def model_card(candidate: Candidate) -> str:
-    model, repo_id = candidate.model, candidate.repo_id
+def validate_only(args: argparse.Namespace) -> int:
+    """Print a table that can be pasted into an issue; the status is 1 if a model falls short of the paper."""
+    measured = [(c, validate(c, args)) for c in map(check, every_model(args))]
+    print('\n| model | top-1 | in the paper | top-5 | images | weights |\n|---|---|---|---|---|---|')
+    for candidate, found in measured:
+        print(f'| {candidate.model.pretrained_cfg["architecture"]} | {found.top1:.2f} | {found.paper} | '
+              f'{found.top5:.2f} | {found.images:,} | {origin(candidate)} |')
+    print(f'\ntimm_mobileformer {version("timm_mobileformer")}, timm {timm.__version__}, torch {torch.__version__}, '
+          f'{pick_device(args)}')
+    return int(any(found.top1 < found.paper - TOLERANCE for _, found in measured))
+
+
+def prepare(args: argparse.Namespace) -> Tuple[Candidate, str]:
+    """A model that may be published, and the name of its repository."""
+    candidate = check(args)
+    cfg, classes = candidate.model.pretrained_cfg, candidate.model.num_classes
+    repo_id = name_repository(cfg, args)
+    if cfg['tag'] == AUTHORS_TAG and classes != 1000:
+        raise InputError(f'{candidate.source}: {classes} classes, but {AUTHORS_TAG} means the 1000 of ImageNet-1k: '
+                         'name a --tag')
+    if args.validate:
+        found = validate(candidate, args)
+        if found.top1 < found.paper - TOLERANCE and not args.force:
+            raise InputError(f'{cfg["architecture"]}: top-1 {found.top1:.2f} is more than {TOLERANCE} short of the '
+                             f'{found.paper} of the paper: wrong weights or images; --force publishes all the same')
+    return candidate, repo_id
+
+
+def origin(candidate: Candidate) -> str:
+    """Where weights are from, for others to compare."""
+    if not (file := candidate.file):
+        return f'`{candidate.source}`'
+    fetched, digest = read_record(file), sha256(file)
+    link = f', from {fetched["url"]}' if fetched.get('sha256') == digest else ''
+    return f'`{file.name}`, SHA-256 `{digest}`, {file.stat().st_size:,} bytes{link}'
+
+
+def model_card(candidate: Candidate, repo_id: str) -> str:
+    model = candidate.model
     cfg = model.pretrained_cfg
     variant, paper = cfg['architecture'], 'https://arxiv.org/abs/2108.05895'
     is_authors = cfg['tag'] == AUTHORS_TAG
@@ -157,8 +156,7 @@ def model_card(candidate: Candidate) -> str:
     if is_authors:
         details['Dataset'] = 'ImageNet-1k'
         details['Original'] = cfg['origin_url']
-    file = candidate.file
-    details['Source'] = f'`{file.name}`, SHA-256 `{sha256(file)}`' if file else f'`{candidate.source}`'
+    details['Source'] = origin(candidate)
     return generate_readme({
         'tags': ['image-classification', 'timm', 'mobile-former', f'arxiv:{paper.rsplit("/")[-1]}'],
         'license': cfg['license'],
@@ -240,25 +238,6 @@ CITATION = '''@inproceedings{chen2022mobileformer,
 }'''
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file, progress(
-            total=path.stat().st_size, desc=f'Hashing {path.name}', unit='B', unit_scale=True) as bar:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
-
-
-def write_files(candidate: Candidate, folder: Path) -> None:
-    """The files of a repository, by timm's own code."""
-    try:
-        save_for_hf(candidate.model, str(folder), safe_serialization=True)
-        (folder / 'README.md').write_text(model_card(candidate), encoding='utf-8')
-    except (OSError, SafetensorError) as e:
-        raise InputError(f'{folder}: cannot be written ({reason(e)}); free some space, or set TMPDIR') from e
-
-
 def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitInfo, bool]:
     """Send the files of a folder in one commit; that commit, or the last one if it holds them already."""
     api = HfApi(token=args.token, library_name='timm', library_version=timm.__version__)
@@ -281,20 +260,9 @@ def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitIn
     return commit, commit.oid != head.sha
 
 
-def verify(name: str, candidate: Candidate) -> None:
-    """Load what was published with timm, by way of an empty cache, and ask it the same."""
-    with tempfile.TemporaryDirectory() as cache:
-        model = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
-    with torch.inference_mode():
-        answer = model(candidate.x)
-    if not torch.equal(answer, candidate.answer):
-        raise InputError(f'{name} gives other answers than {candidate.source}')
-
-
-def publish_and_verify(candidate: Candidate, args: argparse.Namespace) -> None:
-    repo_id = candidate.repo_id
+def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_files(candidate, Path(folder))
+        save(candidate, Path(folder), model_card(candidate, repo_id))
         try:
             commit, is_new = send(repo_id, Path(folder), args)
         except InputError:
@@ -314,10 +282,10 @@ def publish_and_verify(candidate: Candidate, args: argparse.Namespace) -> None:
     print(f'{repo_id}: downloaded again, same answer to the bit')
 
 
-def write_dry(candidate: Candidate, target: Path) -> None:
+def write_dry(candidate: Candidate, repo_id: str, target: Path) -> None:
     """Put the files into a folder instead, complete or not at all."""
     with whole(target) as folder:
-        write_files(candidate, folder)
+        save(candidate, folder, model_card(candidate, repo_id))
     verify(f'local-dir:{target}', candidate)
     print(f'{target}: written, nothing sent; loads as local-dir:{target}, same answer to the bit')
 
@@ -350,25 +318,22 @@ def advice(error: BaseException, repo_id: str) -> str:
     return f'the connection to {constants.ENDPOINT} failed ({type(error).__name__}: {reason(error)}); run this again'
 
 
-def publish(args: argparse.Namespace) -> None:
-    if args.all:
-        found = find_variants(args.all, args.use_ema)
-        every = [argparse.Namespace(**{**vars(args), 'model': variant, 'checkpoint': path})
-                 for variant, path in found.items()]
-    else:
-        every = [args]
-    for candidate in list(map(check, every)):  # all of them before the first is sent
+def publish(args: argparse.Namespace) -> int:
+    if args.validate_only:
+        return validate_only(args)
+    for candidate, repo_id in list(map(prepare, every_model(args))):  # all of them before the first is sent
         if args.dry_run:
-            write_dry(candidate, args.dry_run / candidate.repo_id.split('/')[1] if args.all else args.dry_run)
+            write_dry(candidate, repo_id, args.dry_run / repo_id.split('/')[1] if args.all else args.dry_run)
         else:
-            publish_and_verify(candidate, args)
+            publish_and_verify(candidate, repo_id, args)
+    return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     if args.token:  # timm's loader takes it from there
         os.environ['HF_TOKEN'] = args.token
     try:
-        publish(args)
+        return publish(args)
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt('; run it again to complete') from e
     except InputError as e:
