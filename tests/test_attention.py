@@ -309,3 +309,18 @@ def test_the_picture_shows_every_map_red_where_the_attention_is(tmp_path):
     assert (redness[4] < -0.1)[:4, 4:].all() and redness[4].abs()[:, :4].amax() < 0.02
     words = [t.get_text() for t in figure.texts]
     assert {'a.png', 'one', '90.0%', 'two', 'token 0', 'token 1', '1.0\n4×4', '1.0\n2×2', 'last\n4×4'} <= {*words}
+
+
+def test_names_of_any_length_and_script_stay_in_their_place():
+    pytest.importorskip('matplotlib', reason="draws with matplotlib: pip install 'timm_mobileformer[demo]'")
+    maps = [BridgeAttention('mobile_to_former', torch.full((1, 2, 1, 4, 4), 1 / 16), None)]
+    names = ['W' * 40, '咖啡' * 20, '$x', 'i' * 500, 'a \udcff b']
+    figure = draw(torch.full((3, 8, 8), 0.5), maps, [(name, 0.1) for name in names], '咖' * 50)
+    figure.draw_without_rendering()
+    left = figure.axes[0].get_window_extent()
+    probabilities = [t.get_window_extent() for t in figure.texts if t.get_text() == '10.0%']
+    shown = [t for t in figure.texts if t.get_position()[0] == pytest.approx(0.2 / figure.get_figwidth())]
+    assert len(shown) == 6 and {'$x', 'a ? b'} <= {t.get_text() for t in shown}
+    for t in shown:
+        is_title = t.get_text().startswith('咖咖')
+        assert t.get_window_extent().x1 <= (left.x1 if is_title else min(box.x0 for box in probabilities))

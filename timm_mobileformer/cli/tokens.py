@@ -1,5 +1,6 @@
 """Draw what the tokens of a Mobile-Former attend to in images."""
 import argparse
+import warnings
 from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
 
 import numpy as np
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 __all__ = ['draw', 'run']
 
 
-def shorten(text: str, width: int) -> str:
-    text = text.encode(errors='replace').decode()  # of a file whose name is not in UTF-8
-    return text if len(text) <= width else text[:width - 1] + '…'
+def shorten(text: Any, inches: float) -> None:
+    """Leave out the end of a text of matplotlib that is too wide."""
+    name = text.get_text().encode(errors='replace').decode()  # of a file whose name is not in UTF-8
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # of letters that the font lacks, for which boxes are drawn
+        for length in range(len(name), 0, -1):
+            text.set_text(name if length == len(name) else name[:length] + '…')
+            if text.get_window_extent().width <= inches * text.figure.dpi:
+                return
 
 
 def draw(
@@ -58,15 +65,15 @@ def draw(
     def axes(x: float, y: float, w: float, h: float) -> 'Axes':
         return fig.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
 
-    def text(x: float, y: float, string: str, **kwargs: Any) -> None:
-        fig.text(x / width, 1 - y / height, string, parse_math=False, **kwargs)
+    def text(x: float, y: float, string: str, **kwargs: Any) -> Any:
+        return fig.text(x / width, 1 - y / height, string, parse_math=False, **kwargs)
 
     axes(0.2, y0, size, size).imshow(image.permute(1, 2, 0).numpy())
     fig.axes[0].set_axis_off()
-    text(0.2, y0 - 0.06, shorten(title, 28), fontsize=8, va='bottom')
+    shorten(text(0.2, y0 - 0.06, title[:100], fontsize=8, va='bottom'), size)
     for i, (name, probability) in enumerate(top):
         y, weight = y0 + size + 0.1 + 0.2 * i, 'normal' if i else 'bold'
-        text(0.2, y, shorten(name, 20), fontsize=8, va='top', weight=weight)
+        shorten(text(0.2, y, name[:100], fontsize=8, va='top', weight=weight), size - 0.45)
         text(0.2 + size, y, f'{probability:.1%}', fontsize=8, va='top', ha='right', weight=weight)
 
     colours, opacity = colormaps['RdBu_r'], 0.75
