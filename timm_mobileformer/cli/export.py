@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 
@@ -123,38 +124,37 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
                          f'--max-drop {max_drop:g} and the {by_chance:.2f} that may be chance')
 
 
+def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
+    """Cells of the table: top-1, predictions that are PyTorch's, largest difference; '–' for what nobody can tell."""
+    same = 100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item()
+    return [f'{accuracy(answers, targets)[0].item():.2f}' if inputs.labelled else '–',
+            f'{same:.2f}' if inputs.calibration else '–', f'{(answers - wanted).abs().max().item():.1g}']
+
+
 def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     model = load_model(args).eval()
     torch.set_num_threads(args.threads)
     data_config = resolve_model_data_config(model, vars(args))
     inputs = open_inputs(args, model, data_config, root)
+    with whole(args.output):  # refused before the work if it cannot be written to
+        pass
     architecture = model.pretrained_cfg['architecture']
     about = describe(model, data_config, class_names(model), args.raw)
 
-    plain = reparameterize_model(model).requires_grad_(False)
+    plain: Any = reparameterize_model(model).requires_grad_(False)
     raw = Raw(plain, data_config['mean'], data_config['std'])
-    wanted = run_all(model, inputs.loader, 'PyTorch')
-    targets = torch.cat([target for _, target in inputs.loader]) if inputs.labelled else wanted.argmax(1)
+    net, to_input = (raw, raw.unnormalize) if args.raw else (plain, nn.Identity())
     images = torch.cat([images for images, _ in inputs.calibration or inputs.loader])
     images = torch.cat([images, images]) if len(images) == 1 else images  # exporters take two for an open batch
-    to_input = raw.unnormalize if args.raw else lambda images: images
-    net, wanted = (raw, wanted.softmax(1)) if args.raw else (plain, wanted)
 
-    answer = 'probability' if args.raw else 'logit'
-    header = ['', 'file', 'MB', *(['top-1, %'] if inputs.labelled else []),
-              *(['predicted as by PyTorch, %'] if inputs.calibration else []), f'largest difference of a {answer}']
+    wanted = run_all(model, inputs.loader, 'PyTorch')
+    targets = torch.cat([target for _, target in inputs.loader]) if inputs.labelled else wanted.argmax(1)
     runs: Dict[str, Run] = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
-    rows: Dict[str, List[str]] = {}
-
-    def add_row(title: str, file: str, size: int, answers: torch.Tensor) -> None:
-        rows[title] = [file, f'{size / 1e6:.2f}']
-        rows[title] += [f'{accuracy(answers, targets)[0].item():.2f}'] if inputs.labelled else []
-        same = 100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item()
-        rows[title] += [f'{same:.2f}'] if inputs.calibration else []
-        rows[title] += [f'{(answers - wanted).abs().max().item():.1g}' if file else '']
-
+    rows = {}
     for title, module in ('PyTorch, as trained', model), ('PyTorch, reparameterized', plain):
-        add_row(title, '', sum(tensor.nbytes for tensor in module.state_dict().values()), wanted)
+        size, answers = sum(t.nbytes for t in module.state_dict().values()), run_all(module, inputs.loader, title)
+        rows[title] = ['', f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
+    wanted = wanted.softmax(1) if args.raw else wanted
     failed = []
     for name in progress(args.formats, 'export', unit='format'):
         form = FORMATS[name]
@@ -170,7 +170,7 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
                     run = form.load(path, args.threads)
                 answers = run_all(run, ((to_input(x), y) for x, y in inputs.loader), form.title)
                 check_answers(name, answers, wanted, targets, args.max_drop)
-                add_row(form.title, path.name, size, answers)
+                rows[form.title] = [path.name, f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
                 runs[form.title] = run
         except Exception as e:  # exporters fail in ways of their own
             failed.append(f'{name}: {reason(e, 300)}')
@@ -180,8 +180,9 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
     print(f'files in {args.output}, each with a .json that says how to use it; latency of one image, {args.threads} '
           f'thread{"s"[:args.threads > 1]}\n')
-    print('|', ' | '.join([*header, 'latency, ms', 'speed, eager = 1']), '|')
-    print('|---' * (len(header) + 2) + '|')
+    print('| | file | MB | top-1, % | predicted as by PyTorch, % |', 'largest difference of a',
+          'probability' if args.raw else 'logit', '| latency, ms | speed, eager = 1 |')
+    print('|---' * 8 + '|')
     eager = times['PyTorch, as trained']
     for title, row in rows.items():
         print('|', ' | '.join([title, *row, f'{times[title]:.2f}', f'{eager / times[title]:.2f}']), '|')
