@@ -35,7 +35,7 @@ class Drive:
         self.files: Dict[str, bytes] = {}
         # A page of PAGES, 'html' instead of the file, half of it by 'short' or 'drop', or what to do before the drop.
         self.ways: Dict[str, Union[str, Callable[[], None]]] = {}
-        self.log: List[str] = []  # the identifiers that were asked for, and other hosts
+        self.log: List[str] = []  # the identifiers that were asked for
         self.env: Dict[str, str] = {}  # for clients
 
 
@@ -50,8 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_CONNECT(self) -> None:
         self.host = self.path.partition(':')[0]
         if self.host not in HOSTS:
-            self.drive.log.append(self.host)
-            self.send_error(403)
+            self.send_error(403)  # libraries of other tests in this process report home
             return
         self.send_response(200)
         self.end_headers()
