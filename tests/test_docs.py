@@ -128,5 +128,26 @@ def test_every_block_runs_or_says_why_not(page, given, env, tmp_path, capsys):
               *(f'  line {line}: {why}' for line, why in left_out.items()), sep='\n')
 
 
+def rows(page: str) -> Dict[str, List[str]]:
+    """The cells of the tables on a page by the first of each row, without quartiles."""
+    lines = (line.strip('| ').split(' | ') for line in (ROOT / page).read_text().splitlines() if line.startswith('| '))
+    return {name.strip('`'): [cell.partition(' (')[0] for cell in cells] for name, *cells in lines}
+
+
+def test_the_numbers_in_the_readme_are_those_that_the_commands_print(capsys):
+    from timm_mobileformer.cli import main
+
+    assert main(['models']) == 0
+    listed = re.findall(r'^(mobileformer\w+) +(\S+) +(\S+ M) +(\S+)', capsys.readouterr().out, re.MULTILINE)
+    quoted, measured = rows('README.md'), rows('timm_mobileformer/docs/benchmark.md')
+    assert len(listed) == 7
+    for name, *costs in listed:
+        assert quoted.pop(name)[1:] == [*costs, measured[f'{name}, fused'][7]]
+    chosen = quoted.keys() & measured.keys() - {'model'}
+    assert len(chosen) > 5
+    for name in chosen:
+        assert quoted[name] == [measured[name][i] for i in (3, 2, 7, 6)]
+
+
 if __name__ == '__main__':
     run_blocks(sys.argv[1], json.load(sys.stdin))
