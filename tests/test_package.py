@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_wheel_holds_all_that_is_used_and_nothing_else(tmp_path):
     pytest.importorskip('hatchling', reason='hatchling builds the wheel')
-    subprocess.run([sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', str(tmp_path)], cwd=ROOT, check=True,
-                   capture_output=True)
+    subprocess.run([sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', str(tmp_path)], cwd=ROOT,
+                   check=True, capture_output=True)
     wheel, = tmp_path.iterdir()
     assert wheel.name == f'timm_mobileformer-{timm_mobileformer.__version__}-py3-none-any.whl'
     package = ROOT / 'timm_mobileformer'
