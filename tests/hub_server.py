@@ -24,7 +24,7 @@ import yaml
 
 # Who may write where. Everybody may read what is not private.
 TOKENS: Dict[str, Set[str]] = {
-    'hf_writer': {'timm-mobileformer', 'others'},
+    'hf_writer': {'timm-mobileformer', 'my-org', 'others'},
     'hf_reader': set(),
 }
 _REPO = r'(?P<repo>[^/]+/[^/]+?)'

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .mobileformer import MobileFormer
 
 __all__ = ['DynamicReLU', 'MobileFormer', 'attention_maps', 'checkpoint_filter_fn']
+__version__ = '0.1.0'
 _MODULES = {
     'DynamicReLU': 'dynamic_relu',
     'MobileFormer': 'mobileformer',

@@ -250,7 +250,7 @@ def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targ
     rows = math.ceil(len(order) / cols)
     figure = Figure(figsize=(max(2 * cols, 6), 2.6 * rows + 0.6), dpi=110, layout='constrained')
     figure.suptitle(f'{(~correct).sum():,} of {len(targets):,} held-out images mistaken (red), then the least certain\n'
-                    'above: prediction and its probability; below: the class of a mistaken one', fontsize=10)
+                    'above: prediction and its probability; below: the class of a mistaken one', fontsize=12)
     all_axes = figure.subplots(rows, cols, squeeze=False).ravel()
     for axes in all_axes:
         axes.set(xticks=[], yticks=[])
@@ -259,11 +259,11 @@ def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targ
         image = read_image(paths[i])
         image.thumbnail((400, 400))
         axes.imshow(image, interpolation='nearest' if max(image.size) < 64 else 'antialiased')
-        axes.set_title(f'{name_lines(classes[predictions[i]])}\n{100 * confidence[i]:.0f} %', fontsize=8, pad=3,
+        axes.set_title(f'{name_lines(classes[predictions[i]])}\n{100 * confidence[i]:.0f} %', fontsize=10, pad=3,
                        color='k' if correct[i] else 'C3', parse_math=False)
         if not correct[i]:
             axes.spines[:].set(visible=True, color='C3', linewidth=2)
-            axes.set_xlabel(name_lines(classes[targets[i]]), fontsize=8, color='k', parse_math=False)
+            axes.set_xlabel(name_lines(classes[targets[i]]), fontsize=10, color='k', parse_math=False)
     save_figure(figure, path)
 
 
