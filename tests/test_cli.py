@@ -91,6 +91,14 @@ def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):
     assert wanted in refused(capsys, *args)
 
 
+def test_a_timm_that_is_too_old_for_the_commands_is_named_beside_the_one_that_is_needed(capsys, monkeypatch):
+    monkeypatch.setattr(options, 'version', {'timm': '1.0.28'}.get)
+    for argv in ['models'], ['finetune'], ['export', 'onnx']:
+        assert refused(capsys, *argv) == (
+            f"{argv[0]} needs timm 1.0.29 or later, not 1.0.28: pip install 'timm>=1.0.29'")
+    assert main(['recipe']) == 0
+
+
 def test_an_option_is_called_and_read_the_same_in_every_subcommand():
     kinds = {}
     for subcommand in options.SUBCOMMANDS.values():
