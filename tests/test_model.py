@@ -735,8 +735,9 @@ def test_shapes_can_be_asked_of_a_meta_model():
 
 
 def test_a_fake_accelerator_runs_without_reading_a_value():
+    pytest.importorskip('torch', '2.8', reason='the fake accelerator of an older torch asks for its driver')
     with FakeTensorMode():
-        model = timm.create_model(TINY).to('cuda')
+        model = timm.create_model(TINY, device='cuda')
         for training in True, False:
             out = model.train(training)(torch.empty(2, 3, 64, 96, device='cuda'))
             assert out.shape == (2, 1000) and out.device.type == 'cuda'
