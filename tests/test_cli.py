@@ -271,8 +271,8 @@ def weights(tmp_path_factory):
     torch.save({'state_dict': parallel, 'args': of_train_py}, folder / 'train.pth.tar')
     torch.save({'state_dict': noise, 'state_dict_ema': tensors, 'args': vars(of_train_py)}, folder / 'ema.pth.tar')
     torch.save({'model': {k: v for k, v in tensors.items() if 'classifier' not in k}}, folder / 'headless.pth')
-    save_for_hf(model, folder / 'folder', {'label_names': ['a', 'b', 'c']}, safe_serialization=True,
-                data_config={'input_size': (3, 96, 96), 'crop_pct': 1.0})
+    model.pretrained_cfg.update(input_size=(3, 96, 96), crop_pct=1.0)
+    save_for_hf(model, folder / 'folder', {'label_names': ['a', 'b', 'c']}, safe_serialization=True)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         return folder, images, model(images)

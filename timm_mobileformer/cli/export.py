@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
-from timm.utils.onnx import onnx_export
 
 from .data import Data, Pictures, check_images, open_data
 from .digits import folder_or_digits
@@ -35,7 +34,9 @@ NUM_CALIBRATION = 256  # images
 def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     import onnx
 
-    onnx_export(model, str(path), images[:2], use_dynamo=True, input_names=['images'], output_names=['logits'])
+    torch.onnx.export(
+        model, (images[:2],), path, input_names=['images'], output_names=['logits'], dynamo=True, optimize=True,
+        external_data=False, verbose=False, dynamic_shapes=({0: torch.export.Dim('batch', max=2**31)},))
     graph = onnx.load(path)
     for node in graph.graph.node:
         del node.metadata_props[:]  # stack traces, as large as a small model and full of this machine's paths
