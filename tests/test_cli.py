@@ -251,7 +251,7 @@ def load(*args):
 
 
 def size_of(model):
-    return resolve_model_data_config(model)['input_size'][1:]
+    return tuple(resolve_model_data_config(model)['input_size'][1:])
 
 
 @pytest.fixture(scope='module')
