@@ -1,5 +1,8 @@
 """Libraries that know nothing of this package take a Mobile-Former: detectors, segmentation models, trainers."""
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_for_hf
 from timm.utils import reparameterize_model
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.ops import box_iou
@@ -302,6 +305,40 @@ def test_torch_pruning_takes_a_quarter_of_the_hidden_channels():
         assert torch.equal(block.act1.fc2.bias, block.conv1.bn.weight.repeat(2)), 'slopes of other channels'
     model.train()(images).sum().backward()
     torch.testing.assert_close(reparameterize_model(model.eval())(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+# Trainers that pin older versions, each in an environment of its own; see docs/versions.md
+
+AUTOGLUON = """
+import sys
+import pandas
+from autogluon.multimodal import MultiModalPredictor
+from pathlib import Path
+
+files = [path for label in '01' for path in sorted(Path(sys.argv[1], 'train', label).iterdir())[:32]]
+frame = pandas.DataFrame({'image': map(str, files), 'label': [path.parent.name for path in files]})
+predictor = MultiModalPredictor(label='label', path='predictor').fit(frame, tuning_data=frame, hyperparameters={
+    'model.names': ['timm_image'], 'model.timm_image.checkpoint_name': 'mobileformer_52m', 'optim.max_epochs': 1,
+    'env.batch_size': 32, 'env.per_gpu_batch_size': 32, 'env.num_workers': 0, 'env.num_workers_inference': 0})
+answers = predictor.predict(frame)
+assert set(answers) <= {'0', '1'} and answers.equals(MultiModalPredictor.load('predictor').predict(frame))
+print(type(predictor._learner._model.model))
+"""
+
+
+def test_autogluon_trains_by_name_from_published_weights(digits, hub, tmp_path):
+    pytest.importorskip('autogluon.multimodal', reason='autogluon.multimodal is not installed')
+    repo = 'autogluon/mobileformer_52m.ms_in1k'
+    save_for_hf(timm.create_model('mobileformer_52m'), tmp_path / 'weights', safe_serialization=True)
+    hub.create(repo)
+    hub.commit(repo, 'main', {
+        path.name: hub.keep(repo, path.read_bytes(), lfs=True) for path in (tmp_path / 'weights').iterdir()}, 'weights')
+    env = {**os.environ, 'TIMM_MOBILEFORMER_HUB': 'autogluon', 'HF_ENDPOINT': hub.endpoint, 'HF_HUB_DISABLE_XET': '1',
+           'HF_HOME': str(tmp_path / 'home')}
+    done = subprocess.run(
+        [sys.executable, '-c', AUTOGLUON, digits], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'timm_mobileformer.mobileformer.MobileFormer' in done.stdout
 
 
 # Converters for phones
