@@ -57,6 +57,8 @@ def test_an_authors_file_loads_by_pretrained(variant, suffix, tmp_path):
 @pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=list(WRAPPERS))
 def test_wrappers_of_training_scripts_are_taken_off(wrap, tmp_path):
     checkpoint = wrap(author_state_dict(SMALL, SEED))
+    if 'args' in checkpoint:
+        pytest.importorskip('timm', '1.0.26', reason='timm reads no arguments as data before 1.0.26')
     path = str(tmp_path / 'checkpoint.pth.tar')
     torch.save(checkpoint, path)
     name, kwargs = f'mobileformer_{SMALL}', dict(dtype=torch.float64)
@@ -183,10 +185,12 @@ def test_a_checkpoint_of_ours_that_does_not_fit_is_refused():
 
 
 def test_a_foreign_checkpoint_is_refused():
-    refuse(timm.create_model('test_resnet').state_dict(), 'missing', 'final_conv.', 'surplus', 'bn1.bias')
+    refuse(timm.create_model('resnet18').state_dict(), 'missing', 'final_conv.', 'surplus', 'bn1.bias')
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    pytest.importorskip('timm', '1.0.26', reason='timm may run the code before 1.0.26')
+
     class Code:
         def __reduce__(self):
             return print, ('this ran',)

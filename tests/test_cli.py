@@ -95,6 +95,14 @@ def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):
     assert wanted in refused(capsys, *args)
 
 
+def test_a_timm_that_is_too_old_for_the_commands_is_named_beside_the_one_that_is_needed(capsys, monkeypatch):
+    monkeypatch.setattr(options, 'version', {'timm': '1.0.28'}.get)
+    for argv in ['models'], ['finetune'], ['export', 'onnx']:
+        assert refused(capsys, *argv) == (
+            f"{argv[0]} needs timm 1.0.29 or later, not 1.0.28: pip install 'timm>=1.0.29'")
+    assert main(['recipe']) == 0
+
+
 def test_an_option_is_called_and_read_the_same_in_every_subcommand():
     kinds = {}
     for subcommand in options.SUBCOMMANDS.values():
@@ -247,7 +255,7 @@ def load(*args):
 
 
 def size_of(model):
-    return resolve_model_data_config(model)['input_size'][1:]
+    return tuple(resolve_model_data_config(model)['input_size'][1:])
 
 
 @pytest.fixture(scope='module')
@@ -267,8 +275,8 @@ def weights(tmp_path_factory):
     torch.save({'state_dict': parallel, 'args': of_train_py}, folder / 'train.pth.tar')
     torch.save({'state_dict': noise, 'state_dict_ema': tensors, 'args': vars(of_train_py)}, folder / 'ema.pth.tar')
     torch.save({'model': {k: v for k, v in tensors.items() if 'classifier' not in k}}, folder / 'headless.pth')
-    save_for_hf(model, folder / 'folder', {'label_names': ['a', 'b', 'c']}, safe_serialization=True,
-                data_config={'input_size': (3, 96, 96), 'crop_pct': 1.0})
+    model.pretrained_cfg.update(input_size=(3, 96, 96), crop_pct=1.0)
+    save_for_hf(model, folder / 'folder', {'label_names': ['a', 'b', 'c']}, safe_serialization=True)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         return folder, images, model(images)

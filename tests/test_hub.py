@@ -365,8 +365,8 @@ def test_private_repositories_pull_requests_and_names(hub, clients, checkpoints,
     ten = tmp_path / 'ten.pth.tar'
     torch.save({'state_dict': {k: v + 1 for k, v in tensors.items()}, 'state_dict_ema': tensors}, ten)
     five = timm.create_model('mobileformer_26m', num_classes=5)
-    names = {'label_names': list('abcde'), 'pretrained_cfg': {'tag': 'finetuned'}}
-    save_for_hf(five, tmp_path / 'five', names, safe_serialization=True, data_config={'input_size': (3, 96, 96)})
+    five.pretrained_cfg.update(input_size=(3, 96, 96), tag='finetuned')
+    save_for_hf(five, tmp_path / 'five', {'label_names': list('abcde')}, safe_serialization=True)
     before = hub.load(repository('52m'))
     hub.create('others/pr')
     results = clients(tmp_path, {

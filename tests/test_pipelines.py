@@ -1,5 +1,8 @@
 """Libraries that know nothing of this package take a Mobile-Former: detectors, segmentation models, trainers."""
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -7,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_for_hf
 from timm.utils import reparameterize_model
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.ops import box_iou
@@ -302,6 +305,109 @@ def test_torch_pruning_takes_a_quarter_of_the_hidden_channels():
         assert torch.equal(block.act1.fc2.bias, block.conv1.bn.weight.repeat(2)), 'slopes of other channels'
     model.train()(images).sum().backward()
     torch.testing.assert_close(reparameterize_model(model.eval())(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+# Trainers that pin older versions, each in an environment of its own; see docs/versions.md
+
+AUTOGLUON = """
+import sys
+import pandas
+from autogluon.multimodal import MultiModalPredictor
+from pathlib import Path
+
+files = [path for label in '01' for path in sorted(Path(sys.argv[1], 'train', label).iterdir())[:32]]
+frame = pandas.DataFrame({'image': map(str, files), 'label': [path.parent.name for path in files]})
+predictor = MultiModalPredictor(label='label', path='predictor').fit(frame, tuning_data=frame, hyperparameters={
+    'model.names': ['timm_image'], 'model.timm_image.checkpoint_name': 'mobileformer_52m', 'optim.max_epochs': 1,
+    'env.batch_size': 32, 'env.per_gpu_batch_size': 32, 'env.num_workers': 0, 'env.num_workers_inference': 0})
+answers = predictor.predict(frame)
+assert set(answers) <= {'0', '1'} and answers.equals(MultiModalPredictor.load('predictor').predict(frame))
+print(type(predictor._learner._model.model))
+"""
+
+
+LIGHTNING = """
+import lightning, timm, torch
+
+class Classifier(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = timm.create_model('test_mobileformer', num_classes=2)
+
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+data = torch.utils.data.TensorDataset(torch.randn(16, 3, 64, 64), torch.arange(16) % 2)
+task = Classifier()
+trainer = lightning.Trainer(accelerator='cpu', devices=2, strategy='ddp', max_epochs=1, logger=False,
+                            enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(task, torch.utils.data.DataLoader(data, 4))
+weights = torch.cat([p.detach().flatten() for p in task.model.parameters()])
+everywhere = task.all_gather(weights)
+assert torch.equal(everywhere[0], everywhere[1]) and weights.isfinite().all()
+print(trainer.world_size, 'processes')
+"""
+
+LIGHTLY = """
+import sys
+import lightly_train, timm, torch
+
+model = timm.create_model('mobileformer_52m')
+model.prune_intermediate_layers()
+model.reset_classifier(0, 'avg')
+before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+lightly_train.train(out='out', data=sys.argv[1], model=model, method='simclr', epochs=1, batch_size=16, num_workers=0,
+                    accelerator='cpu', devices=1, transform_args={'image_size': (64, 64)})
+timm.create_model('mobileformer_52m').load_state_dict(torch.load('out/exported_models/exported_last.pt'), strict=False)
+assert all(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+print('trained')
+"""
+
+
+@pytest.mark.parametrize('package, script, printed', [
+    ('lightning', LIGHTNING, '2 processes'), ('lightly_train', LIGHTLY, 'trained')])
+def test_trainers_train_in_processes_of_their_own(package, script, printed, digits, tmp_path):
+    pytest.importorskip(package, reason=f'{package} is not installed')
+    (tmp_path / 'script.py').write_text(script)
+    done = subprocess.run([sys.executable, 'script.py', digits / 'train' / '0'], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+
+
+def test_open_clip_takes_the_image_tower():
+    open_clip = pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
+    vision = dict(timm_model_name='test_mobileformer', timm_pool='avg', timm_proj=None, image_size=64)
+    text = dict(context_length=8, vocab_size=100, width=32, heads=2, layers=1)
+    model = open_clip.model.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text)
+    open_clip.ClipLoss()(*model(torch.randn(4, 3, 64, 64), torch.randint(1, 99, (4, 8)))).backward()
+    assert isinstance(model.visual.trunk, MobileFormer)
+    assert all(p.grad is not None for p in model.visual.parameters())
+
+
+def test_torchgeo_trains_on_more_than_three_channels():
+    trainers = pytest.importorskip('torchgeo.trainers', reason='torchgeo is not installed')
+    task = trainers.ClassificationTask(model='test_mobileformer', weights=None, in_channels=4, num_classes=3)
+    task.training_step({'image': torch.randn(2, 4, 64, 64), 'label': torch.tensor([0, 2])}, 0).backward()
+    assert isinstance(task.model, MobileFormer) and task.model.stem.conv.weight.grad.shape[1] == 4
+
+
+def test_autogluon_trains_by_name_from_published_weights(digits, hub, tmp_path):
+    pytest.importorskip('autogluon.multimodal', reason='autogluon.multimodal is not installed')
+    repo = 'autogluon/mobileformer_52m.ms_in1k'
+    save_for_hf(timm.create_model('mobileformer_52m'), tmp_path / 'weights', safe_serialization=True)
+    hub.create(repo)
+    hub.commit(repo, 'main', {
+        path.name: hub.keep(repo, path.read_bytes(), lfs=True) for path in (tmp_path / 'weights').iterdir()}, 'weights')
+    env = {**os.environ, 'TIMM_MOBILEFORMER_HUB': 'autogluon', 'HF_ENDPOINT': hub.endpoint, 'HF_HUB_DISABLE_XET': '1',
+           'HF_HOME': str(tmp_path / 'home')}
+    done = subprocess.run(
+        [sys.executable, '-c', AUTOGLUON, digits], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'timm_mobileformer.mobileformer.MobileFormer' in done.stdout
 
 
 # Converters for phones

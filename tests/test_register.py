@@ -1,10 +1,14 @@
 """An installed package is all timm needs to know the models by name; fresh processes show it."""
 import os
 import pickle
+import re
 import subprocess
 import sys
+from importlib.metadata import requires
 
 import pytest
+
+from timm_mobileformer import versions
 
 COUNT = "len(timm.list_models('*mobileformer*'))"
 
@@ -86,6 +90,23 @@ def test_failure_to_load_leaves_timm_usable():
     )], capture_output=True, text=True)
     assert run.stdout == '0 True\n'
     assert 'timm_mobileformer failed to load: ModuleNotFoundError' in run.stderr
+
+
+def test_a_timm_that_is_too_old_is_named_beside_the_one_that_is_needed():
+    too_old = "import sys, types; sys.modules['timm.version'] = types.SimpleNamespace(__version__='1.0.2')\n"
+    run = subprocess.run([sys.executable, '-c', too_old + f"import timm; print({COUNT}, timm.is_model('resnet18'))"],
+                         capture_output=True, text=True)
+    assert run.stdout == '0 True\n'
+    assert 'timm 1.0.2 is too old, the models need timm 1.0.3 or later' in run.stderr
+
+
+def test_pip_is_asked_for_the_versions_that_are_checked():
+    required = requires('timm_mobileformer')
+    assert [r for r in required if r.startswith('timm>')][0] == f'timm>={versions.MODELS}'
+    for extra in 'demo', 'export', 'openvino', 'executorch':
+        assert any(re.fullmatch(f'timm>={versions.COMMANDS}; extra == .{extra}.', r) for r in required), extra
+    assert versions.is_older('1.0.3.dev0', '1.0.29') and not versions.is_older('1.0.29', '1.0.29')
+    assert not versions.is_older('1.1.0a1', '1.0.29')
 
 
 def test_a_model_unpickles_in_a_process_that_imported_nothing(tmp_path):

@@ -35,6 +35,20 @@ def __dir__() -> List[str]:
     return sorted({*globals(), *__all__})
 
 
+def _register() -> None:
+    """Import the models, which tells timm of them.
+
+    Raises:
+        ImportError: timm is too old for them.
+    """
+    from . import versions
+
+    found = sys.modules['timm'].__version__
+    if versions.is_older(found, versions.MODELS):
+        raise ImportError(f'timm {found} is too old, the models need timm {versions.MODELS} or later')
+    import_module('.mobileformer', __name__)
+
+
 class _ModelsLoader:
     """Loads `timm.models` as its own loader does, then the Mobile-Formers."""
 
@@ -48,7 +62,7 @@ class _ModelsLoader:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            import_module('.mobileformer', __name__)
+            _register()
         except Exception as e:  # whoever imports timm may not want a Mobile-Former
             warnings.warn(f'timm does not know the Mobile-Formers, {__name__} failed to load: {e!r}', stacklevel=2)
 
@@ -71,6 +85,6 @@ def _autoload() -> None:
 
 
 if hasattr(sys.modules.get('timm'), 'create_model'):
-    import_module('.mobileformer', __name__)
+    _register()
 else:
     sys.meta_path.insert(0, _ModelsFinder())

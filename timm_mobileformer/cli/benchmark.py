@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
-from timm.models import resolve_model_input_args
 from timm.utils import reparameterize_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.collect_env import get_cpu_info
@@ -29,7 +28,7 @@ import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.pretrained import PAPER_TOP1
 
 from .files import save_figure, whole
-from .load import find_model, pick_device, size_args
+from .load import find_model, known_config, model_args, pick_device
 from .options import RUNTIMES
 from .terminal import InputError, progress, reason
 
@@ -114,7 +113,7 @@ def published(name: str) -> Optional[Tuple[float, str]]:
 def load(name: str, size: int, device: torch.device) -> nn.Module:
     """A model with random weights whose activations are of ordinary size, since denormal numbers are slow."""
     torch.manual_seed(0)
-    model = timm.create_model(name, device=device, **size_args(name, {'img_size': size}))
+    model = timm.create_model(name, device=device, **model_args(name, {'img_size': size}))
     momenta = {}
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -320,7 +319,7 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterat
     """The rows of a model, ready to be measured."""
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     published_at = PEERS[name][1] if name in PEERS else None
-    cfg = resolve_model_input_args(name)['pretrained_cfg']
+    cfg, _ = known_config(name)
     size = args.img_size or published_at or cfg['input_size'][-1]
     for row in make_rows(name, size, args.batch_size, device, memory_format):
         row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}

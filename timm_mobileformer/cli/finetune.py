@@ -33,7 +33,7 @@ from torch.utils.data import WeightedRandomSampler
 from .data import Data, check_images, open_data, read_image
 from .digits import folder_or_digits
 from .files import save_figure, whole
-from .load import load_model, pick_device
+from .load import find_model, load_model, model_args, pick_device, set_data_config
 from .terminal import InputError, progress, quote, reason, some
 
 PATHS = 'data_dir', 'labels', 'checkpoint'
@@ -133,7 +133,7 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
                       f'top-1 {metrics["top1"]:.2f} %')
 
 
-def save_epoch(args: argparse.Namespace, model: Any, classes: List[str], data_config: Dict[str, Any], pictures: str,
+def save_epoch(args: argparse.Namespace, model: Any, classes: List[str], kwargs: Dict[str, Any], pictures: str,
                optimizer: Any, history: History) -> None:
     """Leave a folder from which the best weights can be loaded, and the run be continued."""
     state = dict(
@@ -144,12 +144,11 @@ def save_epoch(args: argparse.Namespace, model: Any, classes: List[str], data_co
     try:
         if best_epoch(history) == len(history) - 1:
             with whole(args.output) as folder:
-                save_for_hf(model, str(folder), {'label_names': classes, 'pretrained_cfg': {'tag': 'finetuned'}},
-                            safe_serialization=True, data_config=data_config)
+                save_for_hf(model, str(folder), {'label_names': classes}, kwargs, safe_serialization=True)
         with whole(args.output) as folder:  # last, so that what is continued has its weights
             torch.save(state, folder / 'last.pth.tar')
             for row in history:
-                update_summary(**row, filename=folder / 'summary.csv')
+                update_summary(**row, filename=folder / 'summary.csv', write_header=row is history[0])
     except (OSError, RuntimeError, SafetensorError) as e:  # PyTorch's writer makes the second of the first
         raise InputError(f'nothing could be written to {args.output}; is the disk full? ({e})') from e
 
@@ -304,7 +303,11 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         history = state['history']
     loaders = make_loaders(args, data, model, device)
     check_images([path for side in (data.train, data.held_out) for path, _ in side.samples], args.workers)
-    data_config = resolve_model_data_config(model, vars(args))
+    data_config = set_data_config(model, vars(args))
+    model.pretrained_cfg.update(
+        tag='finetuned', num_classes=len(data.classes), label_offset=None, test_input_size=None, test_pool_size=None,
+        test_crop_pct=None)
+    kwargs = {**model_args(find_model(args.model), model.pretrained_cfg), 'num_classes': len(data.classes)}
     if not importlib.util.find_spec('matplotlib'):
         print("no pictures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
     print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
@@ -315,7 +318,7 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
     with whole(args.output):  # refused before training if it cannot be written to
         pass
     try:
-        save = partial(save_epoch, args, model, data.classes, data_config, pictures)
+        save = partial(save_epoch, args, model, data.classes, kwargs, pictures)
         train(args, model, loaders, history, save, state and state['optimizer'])
     except (InputError, KeyboardInterrupt) as e:
         hint = (f'; {len(history)} of {args.epochs} epochs are done, to go on: '

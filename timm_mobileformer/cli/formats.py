@@ -50,7 +50,7 @@ def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
 
     output = 'probabilities' if isinstance(model, Raw) else 'logits'
     torch.onnx.export(to_program(model, images), (), path, input_names=['images'], output_names=[output],
-                      dynamo=True, external_data=False, verbose=False)
+                      dynamo=True, optimize=True, external_data=False, verbose=False)
     file = onnx.load(path)
     for node in file.graph.node:
         del node.metadata_props[:]  # stack traces, as large as a small model and full of this machine's paths

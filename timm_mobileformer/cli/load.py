@@ -16,7 +16,8 @@ from timm.data import (
     infer_imagenet_subset,
     resolve_model_data_config,
 )
-from timm.models import get_arch_name, is_model_in_modules, resolve_model_input_args
+from timm.models import get_arch_name, is_model_in_modules, parse_model_name, resolve_pretrained_cfg
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from timm_mobileformer import MobileFormer, checkpoint_filter_fn
 from timm_mobileformer.pretrained import why
@@ -25,8 +26,8 @@ from .options import AUTHORS_FILES
 from .terminal import InputError, quote, reason
 
 __all__ = [
-    'class_names', 'find_model', 'load_mobileformer', 'load_model', 'pick_device', 'read_checkpoint',
-    'read_names', 'size_args']
+    'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args', 'pick_device',
+    'read_checkpoint', 'read_names', 'set_data_config']
 
 HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
 
@@ -94,9 +95,21 @@ def find_model(name: str) -> str:
     raise InputError(f'timm knows no model {name}, and there is no such folder; {hint}')
 
 
-def size_args(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
-    """The size of images as an argument of a model that is built for one."""
-    return {k: v for k, v in resolve_model_input_args(name, options).items() if k == 'img_size'}
+def known_config(name: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """What timm knows before a model is there: the config of its weights, and the arguments that it was saved with."""
+    source, location = parse_model_name(name)
+    if not source:
+        return resolve_pretrained_cfg(name).to_dict(), {}
+    read: Any = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+    cfg, _, kwargs = read(location)
+    return cfg, kwargs or {}
+
+
+def model_args(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments that a model was saved with, and the size of images if it is built for one."""
+    cfg, kwargs = known_config(name)
+    size = tuple(options['input_size'][1:]) if options.get('input_size') else options.get('img_size')
+    return {**kwargs, 'img_size': size} if size and (cfg.get('fixed_input_size') or 'img_size' in kwargs) else kwargs
 
 
 def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
@@ -106,6 +119,15 @@ def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
     cfg: Any = timm.models.get_pretrained_cfg(name)
     classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or [''])[0]
     return len(tensors.get(f'{classifier}.weight', ()))
+
+
+def set_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
+    """Let a model's `pretrained_cfg` say how its images are preprocessed, as the options do; returns what it says."""
+    cfg, data_config = model.pretrained_cfg, resolve_model_data_config(model, options)
+    if data_config['input_size'] != tuple(cfg['input_size']):
+        cfg['pool_size'] = None
+    cfg.update(data_config)
+    return data_config
 
 
 def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]) -> str:
@@ -156,16 +178,12 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
         elif not loads:
             kwargs['num_classes'] = num_classes
         model: Any = timm.create_model(
-            name, pretrained=loads, pretrained_cfg_overlay=overlay, **size_args(name, trained), **kwargs)
+            name, pretrained=loads, pretrained_cfg_overlay=overlay, **{**model_args(name, trained), **kwargs})
     except Exception as e:  # files, networks and models fail in ways of their own
         raise InputError(what_failed(args, e, file)) from e
-    cfg = model.pretrained_cfg
-    cfg.pop('state_dict', None)
+    model.pretrained_cfg.pop('state_dict', None)
     if trained:
-        data_config = resolve_model_data_config(model, trained)
-        if data_config['input_size'] != tuple(cfg['input_size']):
-            cfg['pool_size'] = None
-        cfg.update(data_config)
+        set_data_config(model, trained)
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     if model.num_classes == 0:

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
+from timm_mobileformer import versions
+
 from .terminal import InputError, missing, quote, some
 
 __all__ = ['RECIPES', 'parse']
@@ -464,6 +466,9 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             name, help=subcommand.help, formatter_class=argparse.RawDescriptionHelpFormatter)
         subcommand.declare(one)
     args = parser.parse_args(argv)
+    if args.subcommand != 'recipe' and versions.is_older(found := version('timm'), versions.COMMANDS):
+        raise InputError(f'{args.subcommand} needs timm {versions.COMMANDS} or later, not {found}: '
+                         f"pip install 'timm>={versions.COMMANDS}'")
     for key, (least, most) in RANGES.items():
         value = getattr(args, key, None)
         if value is not None and not least <= value <= most:
