@@ -128,6 +128,17 @@ def test_every_block_runs_or_says_why_not(page, given, env, tmp_path, capsys):
               *(f'  line {line}: {why}' for line, why in left_out.items()), sep='\n')
 
 
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for link in re.findall(r'\]\(((?!http)[^)]+)\)', page.read_text()):
+            path, _, anchor = link.partition('#')
+            there = page.parent / path if path else page
+            assert there.is_file(), f'{page}: {link}'
+            headings = re.findall(r'^#+ (.*)$', there.read_text(), re.MULTILINE) if anchor else []
+            anchors = [re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings]
+            assert not anchor or anchor in anchors, f'{page}: {link}'
+
+
 def rows(page: str) -> Dict[str, List[str]]:
     """The cells of the tables on a page by the first of each row, without quartiles."""
     lines = (line.strip('| ').split(' | ') for line in (ROOT / page).read_text().splitlines() if line.startswith('| '))
