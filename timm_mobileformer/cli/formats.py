@@ -6,6 +6,10 @@ from typing import Any, Callable, Dict, NamedTuple
 import torch
 import torch.nn as nn
 
+from timm_mobileformer import versions
+
+from .terminal import InputError
+
 __all__ = ['FORMATS', 'Raw', 'Run', 'open_onnx']
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -48,6 +52,8 @@ def to_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedP
 def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     import onnx
 
+    if versions.is_older(torch.__version__, '2.8'):
+        raise InputError(f'ONNX needs torch 2.8 or later, not {torch.__version__}, whose exporter fixes the batch size')
     output = 'probabilities' if isinstance(model, Raw) else 'logits'
     torch.onnx.export(to_program(model, images), (), path, input_names=['images'], output_names=[output],
                       dynamo=True, optimize=True, external_data=False, verbose=False)
