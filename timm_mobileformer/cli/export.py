@@ -16,6 +16,8 @@ import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 
+from timm_mobileformer import versions
+
 from .data import Data, Pictures, check_images, open_data
 from .digits import folder_or_digits
 from .files import whole
@@ -34,6 +36,8 @@ NUM_CALIBRATION = 256  # images
 def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     import onnx
 
+    if versions.is_older(torch.__version__, '2.8'):
+        raise InputError(f'ONNX needs torch 2.8 or later, not {torch.__version__}, whose exporter fixes the batch size')
     torch.onnx.export(
         model, (images[:2],), path, input_names=['images'], output_names=['logits'], dynamo=True, optimize=True,
         external_data=False, verbose=False, dynamic_shapes=({0: torch.export.Dim('batch', max=2**31)},))
