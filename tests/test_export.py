@@ -187,11 +187,18 @@ def small(request, photos, tmp_path_factory):
     torch.save(dict(state_dict=model.state_dict(), args=argparse.Namespace(img_size=96)), folder / 'last.pth.tar')
     named = ['--model', 'test_mobileformer', '--checkpoint', str(folder / 'last.pth.tar')]
     with redirect_stdout(StringIO()) as printed:
-        more = ['--raw'] if request.param == 'raw' else []
+        more = ['--raw', '--images', photos, '--max-drop', 100] if request.param == 'raw' else []
         status = run_here('onnx', 'onnx-int8', *named, '--output', folder, *more)
-    assert status == 1
-    assert 'left out: onnx-int8: must see pictures' in printed.getvalue() and 'checked on noise' in printed.getvalue()
-    assert list(table(printed.getvalue()))[2:] == ['ONNX Runtime']
+    if more:
+        assert status == 0 and 'checked on 6 pictures' in printed.getvalue()
+        rows = table(printed.getvalue())
+        assert list(rows)[2:] == ['ONNX Runtime', 'ONNX Runtime, int8']
+        assert {row['predicted as by PyTorch, %'] for row in list(rows.values())[:3]} == {'100.00'}
+        assert all(float(row['largest difference of a probability']) < 1e-4 for row in list(rows.values())[:3])
+    else:
+        assert status == 1 and 'checked on noise' in printed.getvalue()
+        assert 'left out: onnx-int8: must see pictures' in printed.getvalue()
+        assert list(table(printed.getvalue()))[2:] == ['ONNX Runtime']
     return named, folder / 'test_mobileformer.onnx'
 
 
@@ -249,6 +256,29 @@ def test_a_file_predicts_what_its_model_does(small, photos, tmp_path, capsys):
             if key.startswith('probability'):
                 assert float(a[key]) == pytest.approx(float(b[key]), abs=2e-4)
         assert [a[key] for key in ('path', 'label', 'problem')] == [b[key] for key in ('path', 'label', 'problem')]
+
+
+@needs('onnx')
+def test_a_finetuned_model_is_checked_on_what_was_held_out_from_its_training(
+        copied, finetuned, digits, tmp_path, monkeypatch, capsys):
+    copied('onnx')
+    model = tmp_path / 'model'
+    shutil.copytree(finetuned[0] / 'output/finetune', model)
+
+    def said(*more):
+        assert run_here('onnx', '--model', f'local-dir:{model}', '--output', tmp_path / 'out', *more) == 0
+        return capsys.readouterr().out
+
+    doubt = 'it may have been trained on some'
+    assert '360 held-out pictures' in (out := said()) and doubt not in out
+    assert '360 held-out pictures' in (out := said('--data-dir', digits)) and doubt not in out
+    assert doubt in said('--data-dir', digits / 'train', '--val-split', '0.1')
+
+    state = torch.load(model / 'last.pth.tar', weights_only=True)
+    state['args']['data_dir'] = str(tmp_path / 'moved')
+    torch.save(state, model / 'last.pth.tar')
+    out = said()
+    assert f'was trained on {tmp_path}/moved, which is not there' in out and 'checked on noise' in out
 
 
 @needs('onnx')

@@ -9,7 +9,7 @@ from typing import Any, Dict, List
 
 from timm.data import create_transform
 
-from .terminal import InputError, reason
+from .terminal import InputError, some
 
 __all__ = ['About', 'describe', 'make_transform', 'read_about', 'write_about']
 
@@ -60,11 +60,12 @@ def read_about(metadata: Dict[str, str], path: Path) -> About:
         InputError: Nothing, or not enough.
     """
     try:
-        about = {key: json.loads(metadata[key]) for key in KEYS}
-    except (KeyError, ValueError) as e:
-        raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '
-                         f'it lacks {reason(e)}') from e
-    return about
+        if not (lacking := [key for key in KEYS if key not in metadata]):
+            return {key: json.loads(metadata[key]) for key in KEYS}
+    except ValueError:
+        lacking = ['values in JSON']
+    raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '
+                     f'in its metadata there are no {some(lacking)}')
 
 
 def make_transform(about: About) -> Any:

@@ -320,7 +320,10 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterat
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     published_at = PEERS[name][1] if name in PEERS else None
     cfg, _ = known_config(name)
-    size = args.img_size or published_at or cfg['input_size'][-1]
+    _, height, width = cfg['input_size']
+    if height != width and not args.img_size:
+        raise InputError(f'its images are not square, {height} × {width}; name a size with --img-size')
+    size = args.img_size or published_at or width
     for row in make_rows(name, size, args.batch_size, device, memory_format):
         row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
         yield row

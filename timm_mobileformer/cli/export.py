@@ -16,7 +16,7 @@ from .about import describe, write_about
 from .data import Found, Pictures, check_images, open_data
 from .digits import folder_or_digits
 from .files import whole
-from .finetune import read_state
+from .finetune import fingerprint, read_state
 from .formats import FORMATS, Raw, Run
 from .load import class_names, load_model
 from .terminal import InputError, progress, quiet_unless_it_fails, reason, some
@@ -59,6 +59,8 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
         check_classes(args, model, data.classes)
         held_out, calibration = data.held_out.samples, thin_out(data.train.samples)
         check_images([path for path, _ in [*calibration, *held_out]], args.workers)
+        if args.pictures not in ('', fingerprint(data, root)):
+            print('these are not the pictures of its training, or otherwise held out: it may have been trained on some')
         return Inputs(load(held_out), load(calibration), True, f'{len(held_out):,} held-out pictures')
     if args.images:
         found = Found()
@@ -147,14 +149,15 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     images = torch.cat([images for images, _ in inputs.calibration or inputs.loader])
     images = torch.cat([images, images]) if len(images) == 1 else images  # exporters take two for an open batch
 
-    wanted = run_all(model, inputs.loader, 'PyTorch')
+    to_answer = nn.Softmax(dim=1) if args.raw else nn.Identity()
+    wanted = to_answer(run_all(model, inputs.loader, 'PyTorch'))
     targets = torch.cat([target for _, target in inputs.loader]) if inputs.labelled else wanted.argmax(1)
     runs: Dict[str, Run] = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
     rows = {}
     for title, module in ('PyTorch, as trained', model), ('PyTorch, reparameterized', plain):
-        size, answers = sum(t.nbytes for t in module.state_dict().values()), run_all(module, inputs.loader, title)
+        size = sum(tensor.nbytes for tensor in module.state_dict().values())
+        answers = to_answer(run_all(module, inputs.loader, title))
         rows[title] = ['', f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
-    wanted = wanted.softmax(1) if args.raw else wanted
     failed = []
     for name in progress(args.formats, 'export', unit='format'):
         form = FORMATS[name]
@@ -178,8 +181,9 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     image = images[:1]
     times = latencies(runs, {title: image if title.startswith('PyTorch') else to_input(image) for title in runs})
     print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
-    print(f'files in {args.output}, each with a .json that says how to use it; latency of one image, {args.threads} '
-          f'thread{"s"[:args.threads > 1]}\n')
+    if len(rows) > 2:
+        print(f'files in {args.output}, each with a .json that says how to use it')
+    print(f'latency of one image, {args.threads} thread{"s"[:args.threads > 1]}\n')
     print('| | file | MB | top-1, % | predicted as by PyTorch, % |', 'largest difference of a',
           'probability' if args.raw else 'logit', '| latency, ms | speed, eager = 1 |')
     print('|---' * 8 + '|')
@@ -198,9 +202,10 @@ def take_data_of_training(args: argparse.Namespace) -> bool:
         Whether these are the digits.
     """
     try:
-        trained = read_state(Path(args.model))['args']
+        state = read_state(Path(args.model.removeprefix('local-dir:')))
     except InputError:
-        trained = {}
+        state = {'args': {}, 'pictures': ''}
+    trained, args.pictures = state['args'], state['pictures']
     args.val_split = args.val_split or trained.get('val_split') or 0.2
     if args.images or args.data_dir or args.labels or not trained:
         return False
@@ -209,7 +214,7 @@ def take_data_of_training(args: argparse.Namespace) -> bool:
         print(f'{args.model} was trained on {some(gone)}, which is not there; --data-dir names another folder')
         return False
     args.data_dir, args.labels = trained['data_dir'], trained['labels']
-    print(f'checked on the pictures held out in training, of {some(paths) or "the digits"}')
+    print(f'checked on the pictures that were held out in training, of {some(paths) or "the digits"}')
     return not paths
 
 

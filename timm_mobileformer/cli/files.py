@@ -13,17 +13,17 @@ __all__ = ['save_figure', 'sha256', 'whole']
 
 
 @contextmanager
-def whole(folder: Path, name: str = '.unfinished') -> Iterator[Path]:
+def whole(folder: Path, name: str = 'all') -> Iterator[Path]:
     """A folder to write to; when all is written, its files take their places in `folder`, with usual permissions.
 
     Args:
         folder: Where the files belong; made if it is not there.
-        name: Of the folder inside of it that is written to; another one for each process that may write there at once.
+        name: Of what is written; another one for each process that may write there at once.
 
     Raises:
         InputError: `folder` cannot be written to.
     """
-    temporary, is_new = folder / name, not folder.exists()
+    temporary, is_new = folder / f'.{name}.unfinished', not folder.exists()
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         try:
@@ -31,8 +31,9 @@ def whole(folder: Path, name: str = '.unfinished') -> Iterator[Path]:
         except OSError as e:
             raise InputError(f'{folder} cannot be written to ({e.strerror}); name another') from e
         yield temporary
+        written = sorted(temporary.iterdir())
         (usual := temporary / '.usual').touch()
-        for path in sorted(temporary.glob('[!.]*')):
+        for path in written:
             shutil.copymode(usual, path)  # safetensors' files are their owner's alone
             os.replace(path, folder / path.name)
     finally:

@@ -186,6 +186,8 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
         set_data_config(model, trained)
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
+    if (channels := model.pretrained_cfg['input_size'][0]) != 3:
+        raise InputError(f'{args.model} takes images of {channels} channels, pictures are read in 3, RGB')
     if model.num_classes == 0:
         raise InputError(f'the weights of {file or args.model} have no classifier')
     return model

@@ -101,6 +101,12 @@ def device_option(group: Any, default: Optional[str] = None) -> None:
     group.add_argument('--device', default=default, help=f'to run models on (default: {shown})')
 
 
+def check_output(path: Path, images: Sequence[Path]) -> None:
+    """Refuse to write over a folder, a device, or a picture that is read."""
+    if path.exists() and not path.is_file() or path.resolve() in [image.resolve() for image in images]:
+        raise InputError(f'--output would overwrite {path}')
+
+
 def check_paths(paths: Optional[Sequence[Path]]) -> None:
     if lacking := [path for path in paths or () if not path.exists()]:
         raise InputError(f'no such picture or folder: {some(lacking)}')
@@ -218,11 +224,9 @@ def check_tokens(args: argparse.Namespace) -> None:
     for path in args.images:
         if path.is_dir():
             raise InputError(f'{path} is a folder; name the images in it, {quote(path)}/*')
-        if not path.exists():
-            raise InputError(f'no such image: {path}')
+    check_paths(args.images)
     for path in args.output:
-        if path.is_dir() or path.resolve() in [image.resolve() for image in args.images]:
-            raise InputError(f'--output would overwrite {path}')
+        check_output(path, args.images)
 
 
 # predict
@@ -243,13 +247,17 @@ def predict(parser: argparse.ArgumentParser) -> None:
 
 def check_predict(args: argparse.Namespace) -> None:
     check_paths(args.images)
-    if args.output and (args.output.is_dir() or args.output.resolve() in [path.resolve() for path in args.images]):
-        raise InputError(f'--output would overwrite {args.output}')
-    if args.model.endswith('.onnx') and not Path(args.model).is_file():
-        raise InputError(f'no such file: {args.model}')
-    if args.model.endswith('.onnx') and (args.pretrained or args.checkpoint or args.img_size or args.use_ema):
-        raise InputError(f'{args.model} has weights and a size of its own; leave out --checkpoint, --pretrained, '
-                         '--use-ema and --img-size')
+    if args.output:
+        check_output(args.output, args.images)
+    if args.model.endswith('.onnx'):
+        if not Path(args.model).is_file():
+            raise InputError(f'no such file: {args.model}')
+        if lack := missing('export', 'onnxruntime'):
+            raise InputError(f'{args.model} {lack}')
+        named = [key for key in ('checkpoint', 'pretrained', 'img_size', 'device') if getattr(args, key)]
+        if named:
+            raise InputError(f'{args.model} has weights and a size of its own, and runs on the CPU; leave out '
+                             + ', '.join(map(option, named)))
 
 
 # export
@@ -359,6 +367,10 @@ config.json and model.safetensors, and its name is printed as --model and create
 def check_weights(args: argparse.Namespace) -> None:
     if bool(args.all) == bool(args.model) or args.all and args.checkpoint:
         raise InputError('give NAME, NAME --checkpoint FILE, --all, or --all FOLDER')
+    if args.checkpoint and not args.output:
+        raise InputError("--checkpoint needs --output DIR: the cache is for what was fetched from the authors' links")
+    if args.download_dir and (args.checkpoint or isinstance(args.all, Path)):
+        raise InputError('nothing is fetched for --checkpoint FILE or --all FOLDER; leave out --download-dir')
 
 
 # publish
@@ -469,6 +481,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.subcommand != 'recipe' and versions.is_older(found := version('timm'), versions.COMMANDS):
         raise InputError(f'{args.subcommand} needs timm {versions.COMMANDS} or later, not {found}: '
                          f"pip install 'timm>={versions.COMMANDS}'")
+    if getattr(args, 'use_ema', None) and not (args.checkpoint or isinstance(getattr(args, 'all', None), Path)):
+        raise InputError('--use-ema is for a file with averaged weights, --checkpoint FILE')
     for key, (least, most) in RANGES.items():
         value = getattr(args, key, None)
         if value is not None and not least <= value <= most:

@@ -15,7 +15,7 @@ from .data import Found, read_image, why_unreadable
 from .files import whole
 from .formats import Run, open_onnx
 from .load import class_names, load_model, pick_device, read_names
-from .terminal import InputError, progress, some
+from .terminal import InputError, progress, reason, some
 
 __all__ = ['run']
 
@@ -39,7 +39,10 @@ def open_model(args: argparse.Namespace) -> Tuple[Run, About]:
     """What answers to a batch as the transform makes it, with probabilities (B, classes); and what is to be known."""
     if args.model.endswith('.onnx'):
         path = Path(args.model)
-        session = open_onnx(path)
+        try:
+            session = open_onnx(path)
+        except Exception as e:  # ONNX Runtime has kinds of its own
+            raise InputError(f'{path} cannot be read, it is damaged or no ONNX ({reason(e, 200)})') from e
         about = read_about(session.get_modelmeta().custom_metadata_map, path)
         if args.class_map:
             about['label_names'] = read_names(args.class_map, len(about['label_names']))
@@ -59,11 +62,11 @@ def open_model(args: argparse.Namespace) -> Tuple[Run, About]:
 
 @contextmanager
 def open_table(path: Any) -> Iterator[TextIO]:
-    """Standard output, or a file that is whole or not there; names that are not in UTF-8 keep their bytes."""
+    """Standard output, or a file that is whole or not there, in which names that are not in UTF-8 keep their bytes."""
     if path is None:
         yield sys.stdout
         return
-    with whole(path.parent, f'.{path.name}') as folder, open(
+    with whole(path.parent, path.name) as folder, open(
             folder / path.name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         yield file
 

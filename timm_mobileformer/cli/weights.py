@@ -44,7 +44,11 @@ class Candidate(NamedTuple):
 def read_record(file: Path) -> Dict[str, Any]:
     """What was written down about a file when it was fetched: url, size, sha256; nothing about others."""
     record = Path(f'{file}.json')
-    return json.loads(record.read_text()) if record.exists() else {}
+    try:
+        found = json.loads(record.read_text()) if record.exists() else {}
+    except ValueError as e:
+        raise InputError(f'{record} is damaged; delete it, and {quote(file)} with it, to fetch both again') from e
+    return found
 
 
 def download(variant: str, file: Path) -> None:
@@ -88,7 +92,7 @@ def fetch(variant: str, folder: Path) -> Path:
     url = f'https://drive.google.com/file/d/{AUTHORS_FILES[variant]}/view'
     file = folder / f'mobile-former-{variant.split("_")[1]}.pth.tar'
     is_new = not file.exists()
-    with whole(folder, f'.{file.name}') as temporary:
+    with whole(folder, file.name) as temporary:
         here = temporary / file.name if is_new else file
         try:
             if is_new:
@@ -144,7 +148,7 @@ def check(args: argparse.Namespace) -> Candidate:
     model = load_mobileformer(args).eval()
     published = f'hf-hub:{model.pretrained_cfg["hf_hub_id"]}' if args.pretrained else args.model
     source, file = str(args.checkpoint or published), args.checkpoint
-    if (weights := Path(args.model, 'model.safetensors')).is_file() and not file:  # of finetune
+    if (weights := Path(args.model.removeprefix('local-dir:'), 'model.safetensors')).is_file() and not file:
         file = weights
     broken = [k for k, v in model.state_dict().items() if not v.isfinite().all()]
     if broken:
@@ -189,8 +193,11 @@ def is_written(folder: Path, variant: str) -> bool:
     """
     if not (folder / 'config.json').exists():
         return False
-    config = json.loads((folder / 'config.json').read_text())
-    holds = f'{config.get("architecture")}.{config.get("pretrained_cfg", {}).get("tag")}'
+    try:
+        config = json.loads((folder / 'config.json').read_text())
+        holds = f'{config.get("architecture")}.{config.get("pretrained_cfg", {}).get("tag")}'
+    except (ValueError, AttributeError):
+        holds = "a config.json that is none of timm's"
     if holds != f'{variant}.{AUTHORS_TAG}':
         raise InputError(f'{folder} holds {holds}, not {variant}.{AUTHORS_TAG}; name another --output')
     return (folder / 'model.safetensors').exists()
@@ -201,6 +208,9 @@ def write(args: argparse.Namespace, folder: Path) -> None:
     if not is_written(folder, args.model) or args.checkpoint:
         args.checkpoint = args.checkpoint or fetch(args.model, args.download_dir or CACHE / 'downloads')
         candidate = check(args)
+        if candidate.model.num_classes != 1000:
+            raise InputError(f"{args.checkpoint} tells {candidate.model.num_classes} classes apart, the authors' 1000; "
+                             'weights of your own can be used as they are, by --model and --checkpoint')
         with whole(folder) as temporary:
             save(candidate, temporary)
         verify(f'local-dir:{folder}', candidate)
