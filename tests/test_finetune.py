@@ -169,7 +169,7 @@ def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path
     part = tmp_path / 'a part'
     with subprocess.Popen(command(*settings, '--output', part), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, start_new_session=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'}) as process:
-        next(line for line in process.stdout if line.startswith('epoch   2 of'))
+        next(line for line in process.stdout if line.startswith('epoch   1 of'))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
         _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
@@ -177,7 +177,7 @@ def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path
     assert f"finetune --resume '{part}'" in line and not end
     assert {f.name for f in part.iterdir()} == EVERY_EPOCH
     assert list(load(part).pretrained_cfg['label_names']) == ['circle', 'square']
-    assert len(top1_by_epoch(part)) in (2, 3)
+    assert len(top1_by_epoch(part)) in (1, 2, 3)
 
     assert not run_here('--resume', part)
     assert top1_printed(capsys.readouterr().out) == top1_printed(once)
