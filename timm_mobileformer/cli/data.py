@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from .terminal import InputError, progress, quote, some
 
-__all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image', 'why_unreadable']
+__all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image', 'try_to_read']
 
 warnings.filterwarnings('ignore', module='PIL')  # on metadata, and on sizes that are read all the same
 
@@ -84,19 +84,30 @@ class Pictures(Dataset):
         return len(self.samples)
 
 
-def why_unreadable(path: str) -> Optional[str]:
-    """What keeps a picture from being read to its last byte, or from being used, or None."""
+def try_to_read(path: str, fast: bool = False) -> Union[Image.Image, str]:
+    """A picture as `read_image` gives it, or what keeps it from being read to its last byte or from being used.
+
+    Args:
+        path: Of the file.
+        fast: A JPEG may come at an eighth of its size.
+    """
     try:
         if not os.path.isfile(path) and os.path.exists(path):
             return 'not a file'  # waiting for a pipe would take forever
         with Image.open(path) as image:
             if max(image.size) > 1000 * min(image.size):
                 return f'{image.width} × {image.height} pixels'  # to a square, it would fill the memory
-            image.draft('RGB', (1, 1))  # a JPEG at an eighth of its size, the fastest
-            to_rgb(image)
+            if fast:
+                image.draft('RGB', (1, 1))
+            return to_rgb(image)
     except Exception as e:  # Pillow's decoders raise many kinds
         return getattr(e, 'strerror', None) or str(e).replace(repr(path), '').strip() or type(e).__name__
-    return None
+
+
+def why_unreadable(path: str) -> Optional[str]:
+    """What keeps a picture from being used, or None."""
+    picture = try_to_read(path, fast=True)
+    return picture if isinstance(picture, str) else None
 
 
 def check_images(paths: Sequence[str], workers: int) -> None:
@@ -142,6 +153,10 @@ class Found:
             return []
         folders, files = contents(folder)
         return self.pick(files) + [path for f in folders for path in self.search(f, (*(above or here.parents), here))]
+
+    def named(self, paths: Sequence[Path]) -> List[str]:
+        """The files among some paths, and the pictures in and below the folders among them."""
+        return [str(file) for path in paths for file in (self.search(path) if path.is_dir() else [path])]
 
     def classes(self, folder: Path) -> Labelled:
         """Pictures below the folders in `folder`, which name their classes."""

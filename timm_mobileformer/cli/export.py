@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     """What files are checked on."""
     loader: Loader
     calibration: Optional[Loader]  # of pictures; None if there are none
-    labelled: bool
+    targets: Optional[torch.Tensor]  # (N); None if there are no labels
     what: str  # these are, in words
 
 
@@ -61,19 +61,20 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
         check_images([path for path, _ in [*calibration, *held_out]], args.workers)
         if args.pictures not in ('', fingerprint(data, root)):
             print('these are not the pictures of its training, or otherwise held out: it may have been trained on some')
-        return Inputs(load(held_out), load(calibration), True, f'{len(held_out):,} held-out pictures')
+        targets = torch.tensor([target for _, target in held_out])
+        return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} held-out pictures')
     if args.images:
         found = Found()
-        paths = [str(p) for path in args.images for p in (found.search(path) if path.is_dir() else [path])]
+        paths = found.named(args.images)
         if not paths:
             raise InputError(f'no pictures in {some(args.images)}{found.of_types(", only")}')
         check_images(paths, args.workers)
         loader = load([(path, 0) for path in paths])
-        return Inputs(loader, load(thin_out([(path, 0) for path in paths])), False, f'{len(paths):,} pictures')
+        return Inputs(loader, load(thin_out([(path, 0) for path in paths])), None, f'{len(paths):,} pictures')
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     pixels = torch.randint(256, (8, *data_config['input_size']), generator=generator)
-    return Inputs([((pixels / 255 - mean) / std, torch.zeros(8))], None, False, 'noise')
+    return Inputs([((pixels / 255 - mean) / std, torch.zeros(8))], None, None, 'noise')
 
 
 def check_classes(args: argparse.Namespace, model: Any, classes: List[str]) -> None:
@@ -129,7 +130,7 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
 def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
     """Cells of the table: top-1, predictions that are PyTorch's, largest difference; '–' for what nobody can tell."""
     same = 100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item()
-    return [f'{accuracy(answers, targets)[0].item():.2f}' if inputs.labelled else '–',
+    return [f'{accuracy(answers, targets)[0].item():.2f}' if inputs.targets is not None else '–',
             f'{same:.2f}' if inputs.calibration else '–', f'{(answers - wanted).abs().max().item():.1g}']
 
 
@@ -150,13 +151,14 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     images = torch.cat([images, images]) if len(images) == 1 else images  # exporters take two for an open batch
 
     to_answer = nn.Softmax(dim=1) if args.raw else nn.Identity()
-    wanted = to_answer(run_all(model, inputs.loader, 'PyTorch'))
-    targets = torch.cat([target for _, target in inputs.loader]) if inputs.labelled else wanted.argmax(1)
-    runs: Dict[str, Run] = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
+    modules = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
+    by_pytorch = {title: to_answer(run_all(module, inputs.loader, title)) for title, module in modules.items()}
+    wanted = by_pytorch['PyTorch, as trained']
+    targets = wanted.argmax(1) if inputs.targets is None else inputs.targets
+    runs: Dict[str, Run] = {**modules}
     rows = {}
-    for title, module in ('PyTorch, as trained', model), ('PyTorch, reparameterized', plain):
-        size = sum(tensor.nbytes for tensor in module.state_dict().values())
-        answers = to_answer(run_all(module, inputs.loader, title))
+    for title, answers in by_pytorch.items():
+        size = sum(tensor.nbytes for tensor in modules[title].state_dict().values())
         rows[title] = ['', f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
     failed = []
     for name in progress(args.formats, 'export', unit='format'):

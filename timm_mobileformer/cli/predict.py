@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset
 
 from .about import About, describe, make_transform, read_about
-from .data import Found, read_image, why_unreadable
+from .data import Found, try_to_read
 from .files import whole
 from .formats import Run, open_onnx
 from .load import class_names, load_model, pick_device, read_names
@@ -28,8 +28,8 @@ class Attempts(Dataset):
         self.transform = transform
 
     def __getitem__(self, index: int) -> Union[torch.Tensor, str]:
-        path = self.paths[index]
-        return why_unreadable(path) or self.transform(read_image(path))
+        picture = try_to_read(self.paths[index])
+        return picture if isinstance(picture, str) else self.transform(picture)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,7 +74,7 @@ def open_table(path: Any) -> Iterator[TextIO]:
 def find_pictures(paths: List[Path]) -> List[str]:
     """The files that were named, and the pictures in and below the folders that were."""
     found = Found()
-    files = [str(file) for path in paths for file in (found.search(path) if path.is_dir() else [path])]
+    files = found.named(paths)
     for remark in found.remarks():
         print(remark, file=sys.stderr)
     if not files:
