@@ -486,8 +486,7 @@ def test_fx_keeps_the_function_at_other_sizes(name):
 @pytest.mark.parametrize('training', [False, True])
 def test_compile_finds_one_graph_and_another_batch_size_costs_at_most_one_more(training):
     torch._dynamo.reset()
-    blocks = ('L2:8', 'D2,2:16 B2:16')  # one of each kind: graphs take their time
-    model = lively(MobileFormer(8, 2, 32, blocks, 32, num_classes=5).double()).train(training).requires_grad_(training)
+    model = three_blocks().double().train(training).requires_grad_(training)
     counter = CompileCounterWithBackend('aot_eager' if training else 'eager')
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
     for batch in 2, 3, 5:

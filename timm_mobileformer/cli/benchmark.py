@@ -288,11 +288,11 @@ def draw(rows: List[Row], heading: str, path: Path) -> None:
         axes.set_xlabel(f'latency, ms (median and quartiles), batch of {len(rows[0].x)}')
         axes.grid(color='0.93', linewidth=0.8)
         axes.set_axisbelow(True)
-        lowest, highest = min(accuracy.values()), max(accuracy.values())
-        room = max(1, 0.1 * (highest - lowest))
-        axes.set_ylim(lowest - room, highest + room)
         axes.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
         axes.tick_params(axis='x', labelsize=8)
+    lowest, highest = min(accuracy.values()), max(accuracy.values())
+    room = max(1, 0.1 * (highest - lowest))
+    panels[0].set_ylim(lowest - room, highest + room)  # which all panels share
     panels[0].set_ylabel('ImageNet-1k top-1, % (as published)')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
                   frameon=False)

@@ -45,10 +45,6 @@ RANGES: Dict[str, Tuple[float, float]] = dict(
 
 # What means the same in every subcommand that has it
 
-def images_option(group: Any, name: str, **kwargs: Any) -> None:
-    group.add_argument(name, metavar='PATH', type=Path, **kwargs)
-
-
 def data_options(group: Any, default: str) -> None:
     group.add_argument('--data-dir', metavar='DIR', type=Path,
                        help='folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or with '
@@ -233,7 +229,8 @@ def check_tokens(args: argparse.Namespace) -> None:
 
 def predict(parser: argparse.ArgumentParser) -> None:
     parser.description = 'Classify pictures: a table of comma-separated values with path, label and probability.'
-    images_option(parser, 'images', nargs='+', help='picture, or folder to search to its bottom')
+    parser.add_argument('images', metavar='PATH', type=Path, nargs='+',
+                        help='picture, or folder to search to its bottom')
     model_options(parser, required=True, note=', or an ONNX file that export wrote')
     parser.add_argument('--class-map', metavar='FILE', type=Path,
                         help='names of the classes, one a line (default: those that come with the weights)')
@@ -274,7 +271,8 @@ def export(parser: argparse.ArgumentParser) -> None:
                         help='files take pictures (B, H, W, 3) of 0 ... 255 in the size of the model, and return '
                              'probabilities')
     data_options(parser, "that of a finetuned model's training, if it is still there")
-    images_option(parser, '--images', nargs='+', help='pictures without labels, or folders of them, instead')
+    parser.add_argument('--images', metavar='PATH', type=Path, nargs='+',
+                        help='pictures without labels, or folders of them, instead')
     parser.add_argument('--output', type=Path, default=Path('output/export'), metavar='DIR',
                         help='folder for the files (default: output/export)')
     parser.add_argument('--max-drop', type=float, default=1., metavar='P',
