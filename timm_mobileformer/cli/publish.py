@@ -37,6 +37,10 @@ class Accuracy(NamedTuple):
     images: int
     paper: float  # top-1; it gives no top-5
 
+    @property
+    def falls_short(self) -> bool:
+        return self.top1 < self.paper - TOLERANCE
+
 
 def every_model(args: argparse.Namespace) -> List[argparse.Namespace]:
     """The options of each model that is named; those of the authors are fetched where no other weights are named."""
@@ -106,7 +110,7 @@ def validate_only(args: argparse.Namespace) -> int:
               f'{found.top5:.2f} | {found.images:,} | {origin(candidate)} |')
     print(f'\ntimm_mobileformer {version("timm_mobileformer")}, timm {timm.__version__}, torch {torch.__version__}, '
           f'{pick_device(args)}')
-    return int(any(found.top1 < found.paper - TOLERANCE for _, found in measured))
+    return int(any(found.falls_short for _, found in measured))
 
 
 def prepare(args: argparse.Namespace) -> Tuple[Candidate, str]:
@@ -119,7 +123,7 @@ def prepare(args: argparse.Namespace) -> Tuple[Candidate, str]:
                          'name a --tag')
     if args.validate:
         found = validate(candidate, args)
-        if found.top1 < found.paper - TOLERANCE and not args.force:
+        if found.falls_short and not args.force:
             raise InputError(f'{cfg["architecture"]}: top-1 {found.top1:.2f} is more than {TOLERANCE} short of the '
                              f'{found.paper} of the paper: wrong weights or images; --force publishes all the same')
     return candidate, repo_id
