@@ -13,7 +13,7 @@ from typing import Dict
 import timm  # noqa: F401
 import torch  # noqa: F401
 
-import timm_mobileformer.cli.publish  # noqa: F401
+import timm_mobileformer.cli.publishing  # noqa: F401
 
 AT_A_TIME = 12
 

@@ -15,7 +15,7 @@ from timm.utils import CheckpointSaver, reparameterize_model
 from timm_mobileformer import attention_maps
 from timm_mobileformer.attention import BridgeAttention
 from timm_mobileformer.cli import main
-from timm_mobileformer.cli.tokens import draw
+from timm_mobileformer.cli.attention_figure import draw
 from timm_mobileformer.mobileformer import FormerToMobile, MobileToFormer
 
 BLOCKS = ['stages.1.0', 'stages.1.1', 'stages.2.0', 'stages.3.0', 'stages.3.1', 'stages.4.0', 'stages.4.1']

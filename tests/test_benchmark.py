@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from timm_mobileformer.cli import benchmark, main
-from timm_mobileformer.cli.benchmark import PEERS, Row, count_macs, measure, published, saved_for_backward
+from timm_mobileformer.cli import benchmarking, main
+from timm_mobileformer.cli.benchmarking import PEERS, Row, count_macs, measure, published, saved_for_backward
 from timm_mobileformer.pretrained import PAPER_TOP1
 
 
@@ -106,13 +106,13 @@ def test_an_earlier_result_is_replaced_as_a_whole_and_with_a_remark(tmp_path, ca
     ['mobileformer_52m'], ['mobileformer_52m', 'mobilenetv3_small_100'], [*PAPER_TOP1, *PEERS]], ids=len)
 def test_plots_of_any_number_of_models_have_ticks_and_every_name_apart_from_the_others(names, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(benchmark, 'save_figure', lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(benchmarking, 'save_figure', lambda figure, path: figures.append(figure))
     rows = []
     for i, name in enumerate(names):
         row = Row(name, False, nn.Identity(), torch.empty(1, 3, 8, 8), 0, 0, None)
         row.runs, row.seconds = {'eager': print}, {'eager': [0.002 + 0.001 * (7 * i % len(names))] * 3}
         rows.append(row)
-    benchmark.draw(rows, 'a heading', tmp_path / 'plot.png')
+    benchmarking.draw(rows, 'a heading', tmp_path / 'plot.png')
     figure, = figures
     figure.draw_without_rendering()
     axes, = figure.axes
@@ -126,7 +126,7 @@ def test_plots_of_any_number_of_models_have_ticks_and_every_name_apart_from_the_
 
 def test_channels_last_reaches_the_model(tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(benchmark, 'measure', lambda rows, *args: measured.extend(rows) or measure(rows, *args))
+    monkeypatch.setattr(benchmarking, 'measure', lambda rows, *args: measured.extend(rows) or measure(rows, *args))
     assert not run_here('--model', 'test_mobileformer', '--channels-last', '--img-size', 64, '--rounds', 2,
                         '--output', tmp_path)
     assert 'channels-last' in (tmp_path / 'table.md').read_text(encoding='utf-8')

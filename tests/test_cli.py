@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -78,13 +79,15 @@ assert not {{'torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'huggingface_hub'}} 
 
 
 @pytest.mark.parametrize('args, wanted', [
-    (('models', '--colour'), 'unrecognized arguments: --colour; timm-mobileformer --help says what there is'),
-    (('export', 'onnx', '--threads', 0), '--threads must be at least 1, not 0'),
-    (('export', 'onnx', '--img-size', 16), '--img-size must be at least 32, not 16'),
-    (('export', 'onnx', '--val-split', 1), '--val-split must be from 0.01 to 0.99, not 1.0'),
+    (('models', '--colour'), 'unrecognized arguments: --colour; see timm-mobileformer models --help'),
+    (('finetune', '--seed', 2 ** 70), '--seed: must be from 0 to 4294967295, not 1180591620717411303424'),
+    (('finetune', '--lr', 'fast'), "--lr: must be a number, not 'fast'"),
+    (('export', 'onnx', '--threads', 0), '--threads: must be at least 1, not 0'),
+    (('export', 'onnx', '--img-size', 16), '--img-size: must be at least 32, not 16'),
+    (('export', 'onnx', '--val-split', 1), '--val-split: must be from 0.01 to 0.99, not 1.0'),
     (('export', 'onnx', '--labels', 'no.csv'), '--labels: no such file: no.csv'),
     (('export', 'onnx', '--data-dir', __file__), f'--data-dir: no such folder: {__file__}'),
-    (('export', 'onnx', '--model', 'x', '--pretrained', '--checkpoint', 'x'), 'not allowed with argument'),
+    (('export', 'onnx', '--model', 'x', '--pretrained', '--checkpoint', __file__), 'not allowed with argument'),
     (('publish', '--all', '.', '--model', 'x'), 'give --model NAME, --model NAME --checkpoint FILE, --model'),
     (('publish', '--all', '--validate-only'), "--validate-only needs the folder of ImageNet's validation images"),
     (('weights', '--all', '--checkpoint', __file__), 'give NAME, NAME --checkpoint FILE, --all, or --all FOLDER'),
@@ -105,9 +108,9 @@ def test_a_timm_that_is_too_old_for_the_commands_is_named_beside_the_one_that_is
 
 def test_an_option_is_called_and_read_the_same_in_every_subcommand():
     kinds = {}
-    for subcommand in options.SUBCOMMANDS.values():
+    for name in options.SUBCOMMANDS:
         parser = argparse.ArgumentParser()
-        subcommand.declare(parser)
+        import_module(f'timm_mobileformer.cli.{name}').add_options(parser)
         for action in parser._actions:
             for name in action.option_strings:
                 kinds.setdefault(name, set()).add((action.dest, action.type))
@@ -152,7 +155,7 @@ def test_ctrl_c_during_imports_is_one_line_and_status_130(tmp_path):
 
 
 def test_ctrl_c_during_work_is_one_line_and_status_130(capsys, monkeypatch):
-    monkeypatch.setattr('timm_mobileformer.cli.models.count_macs', lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr('timm_mobileformer.cli.model_table.count_macs', lambda *_: signal.raise_signal(signal.SIGINT))
     assert main(['models']) == 130
     assert capsys.readouterr().err == 'interrupted\n'
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

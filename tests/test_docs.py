@@ -96,7 +96,7 @@ def env(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     from hub_server import serve as serve_hub
     from test_hub import environment
 
-    from timm_mobileformer.cli.options import AUTHORS_FILES
+    from timm_mobileformer.authors import AUTHORS_FILES
 
     (tmp_path / 'drive').mkdir()
     with serve_hub(tmp_path / 'hub') as hub, serve_drive(tmp_path / 'drive') as drive:

@@ -17,7 +17,7 @@ from timm.data import create_dataset, create_loader, create_transform, resolve_m
 from timm.utils import accuracy, reparameterize_model
 
 from timm_mobileformer import MobileFormer
-from timm_mobileformer.cli import export, formats, main, options
+from timm_mobileformer.cli import export, exporting, formats, main
 from timm_mobileformer.cli.terminal import InputError
 
 pytestmark = pytest.mark.timeout(900)  # whichever test comes first trains
@@ -27,7 +27,7 @@ def needs(name):
     """Skip a test whose format cannot be exported on this machine, with the reason."""
     problem = ''
     try:
-        options.check_export(argparse.Namespace(formats=[name], images=None))
+        export.resolve_options(argparse.Namespace(formats=[name], images=None))
     except InputError as e:
         problem = str(e)
     return pytest.mark.skipif(bool(problem), reason=problem or 'nothing is missing')
@@ -96,7 +96,7 @@ def test_one_command_exports_checks_and_compares(exported, held_out):
     top1 = accuracy(wanted, targets)[0].item()
     assert top1 > 88
     assert accuracy(answers['ONNX Runtime, int8'], targets)[0].item() >= top1 - 1
-    assert str(export.__file__).encode() not in (out / 'mobileformer_52m.onnx').read_bytes()
+    assert str(exporting.__file__).encode() not in (out / 'mobileformer_52m.onnx').read_bytes()
 
 
 @needs('onnx')
@@ -304,7 +304,7 @@ def test_what_int8_may_lose_minds_how_many_pictures_were_asked():
         answers = wanted.clone()
         wanted[:won] = wanted[:won].flip(1)
         answers[won:won + lost] = answers[won:won + lost].flip(1)
-        export.check_answers('onnx-int8', answers, wanted, targets, max_drop)
+        exporting.check_answers('onnx-int8', answers, wanted, targets, max_drop)
 
     check(1, 0, 36)  # 2.8 points
     check(12, 8, 360)

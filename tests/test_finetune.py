@@ -18,7 +18,7 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 
 from timm_mobileformer.cli import main
 from timm_mobileformer.cli.data import open_data
-from timm_mobileformer.cli.finetune import draw_curve, draw_predictions, make_loaders
+from timm_mobileformer.cli.training import draw_curve, draw_predictions, make_loaders
 
 TINY = ('--model', 'test_mobileformer', '--img-size', '64', '--epochs', '2', '--batch-size', '16', '--device', 'cpu',
         '--workers', '0')

@@ -22,8 +22,8 @@ from drive_server import QUOTA, Drive, serve
 from hub_server import serve as serve_hub
 from test_hub import ROOT, VARIANTS, digest, environment
 
+from timm_mobileformer.authors import AUTHORS_FILES
 from timm_mobileformer.cli import main
-from timm_mobileformer.cli.options import AUTHORS_FILES
 
 pytest.importorskip('gdown', reason='gdown asks Google Drive')
 pytestmark = pytest.mark.skipif(not shutil.which('openssl'), reason='openssl makes the certificate of the imitation')

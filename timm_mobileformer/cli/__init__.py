@@ -1,4 +1,4 @@
-"""The command timm-mobileformer, a file a subcommand; each has a function `run`, which takes the parsed arguments."""
+"""The command timm-mobileformer. Every subcommand is a module here, see `options.parse`."""
 import io
 import os
 import signal
@@ -33,7 +33,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
     try:
         args = options.parse(argv)
-        run = import_module(f'.{args.subcommand}', __name__).run
+        work = import_module(f'.{args.subcommand}', __name__).WORK
+        run = import_module(f'.{work}', __name__).run
         signal.signal(signal.SIGINT, on_interrupt)
         return run(args) or 0
     except KeyboardInterrupt as e:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List
 
 from timm.data import create_transform
 
-from .terminal import InputError, some
+from .terminal import InputError, abbreviate
 
 __all__ = ['About', 'describe', 'make_transform', 'read_about', 'write_about']
 
@@ -65,7 +65,7 @@ def read_about(metadata: Dict[str, str], path: Path) -> About:
     except ValueError:
         lacking = ['values in JSON']
     raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '
-                     f'in its metadata there are no {some(lacking)}')
+                     f'in its metadata there are no {abbreviate(lacking)}')
 
 
 def make_transform(about: About) -> Any:

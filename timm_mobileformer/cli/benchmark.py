@@ -1,361 +1,46 @@
-"""What models cost beside each other: a table and a plot."""
+"""Options of `timm-mobileformer benchmark`."""
 import argparse
-import os
-import platform
-import random
-import re
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
-from statistics import quantiles
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
-import timm
-import torch
-import torch.nn as nn
-from timm.utils import reparameterize_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.collect_env import get_cpu_info
-from torch.utils.collect_env import run as run_command
-from torch.utils.flop_counter import FlopCounterMode
+from .options import at_least, batch_size_option, device_option, img_size_option, threads_option
+from .terminal import InputError, missing
 
-import timm_mobileformer  # noqa: F401  registers the models
-from timm_mobileformer.pretrained import PAPER_TOP1
+HELP = 'measure models beside each other'
+WORK = 'benchmarking'
+RUNTIMES = {'eager': 'PyTorch eager', 'compile': 'torch.compile', 'onnx': 'ONNX Runtime'}
 
-from .files import save_figure, whole
-from .load import find_model, known_config, model_args, pick_device
-from .options import RUNTIMES
-from .terminal import InputError, progress, reason
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+What a Mobile-Former costs beside the timm models that one would pick instead: a table and a plot.
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ['count_macs', 'run', 'saved_for_backward']
-
-# Weights of the timm models, the image size they were scored at, and ImageNet-1k top-1 in percent from
-# results/results-imagenet.csv in timm's repository: the default weights, or where those were made for larger images,
-# the best at 224 x 224 (mobilenetv4_conv_medium); fastvit_t8 has none at 224 x 224.
-PEERS: Dict[str, Tuple[str, int, float]] = {
-    'mobilenetv3_small_100': ('lamb_in1k', 224, 67.636),
-    'mobilenetv3_large_100': ('ra_in1k', 224, 75.784),
-    'mobilenetv4_conv_small': ('e2400_r224_in1k', 224, 73.756),
-    'mobilenetv4_conv_medium': ('e500_r224_in1k', 224, 79.092),
-    'efficientnet_b0': ('ra_in1k', 224, 77.698),
-    'efficientvit_b0': ('r224_in1k', 224, 71.408),
-    'ghostnetv2_100': ('in1k', 224, 75.186),
-    'repvit_m0_9': ('dist_300e_in1k', 224, 78.652),
-    'efficientformerv2_s0': ('snap_dist_in1k', 224, 76.102),
-    'fastvit_t8': ('apple_in1k', 256, 76.184),
-}
+Every model runs as trained and, where timm.utils.reparameterize_model changes it, fused. All of them take turns, in
+another order every round, so that whatever else the machine does hits all alike. Weights are random: they matter to
+accuracy, which is quoted, not to time."""
+    parser.add_argument('-m', '--model', nargs='+', metavar='NAME',
+                        help='names in timm, folders that finetune wrote, or hf-hub:… (default: the Mobile-Formers and '
+                             'ten others)')
+    parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, metavar='RUNTIME',
+                        help=f'of {", ".join(RUNTIMES)} (default: eager and onnx on a CPU, else eager); compiling '
+                             'takes up to a minute for each row')
+    batch_size_option(parser, 1, 1)
+    img_size_option(parser, 'that of the published accuracy, 224 for nearly all')
+    parser.add_argument('--channels-last', action='store_true', help='maps in PyTorch lie as (B, H, W, C)')
+    parser.add_argument('--rounds', type=at_least(2), default=50, metavar='N',
+                        help='measurements of each row (default: 50)')
+    threads_option(parser)
+    device_option(parser, 'cpu')
+    parser.add_argument('--output', type=Path, default=Path('output/benchmark'), metavar='DIR',
+                        help='folder for table.md and plot.png (default: output/benchmark)')
 
 
-def count_macs(model: nn.Module, x: torch.Tensor) -> float:
-    """Multiply-adds of the convolutions and matrix products for each image of a batch (B, C, H, W)."""
-    # PyTorch does not count the fused attention of CPUs
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(x)
-    return counter.get_total_flops() / 2 / len(x)
-
-
-def saved_for_backward(model: nn.Module, x: torch.Tensor) -> float:
-    """Bytes for each image of a batch (B, C, H, W) that a training step keeps for its backward pass.
-
-    Parameters, buffers and the images themselves are there anyway and left out.
-    """
-    there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    kept: Dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage
-        return t
-
-    model.train()
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x).logsumexp(1).mean()
-    return sum(s.nbytes() for s in kept.values()) / len(x)
-
-
-@dataclass
-class Row:
-    """A model, as trained or fused, and what it costs."""
-    name: str
-    fused: bool
-    model: nn.Module
-    x: torch.Tensor
-    params: int
-    macs: float
-    saved: Optional[float]
-    runs: Dict[str, Callable[[], Any]] = field(default_factory=dict)
-    seconds: Dict[str, List[float]] = field(default_factory=dict)
-
-    def latency(self, runtime: str) -> List[float]:
-        """Quartiles in milliseconds."""
-        return [1e3 * s for s in quantiles(self.seconds[runtime], n=4, method='inclusive')]
-
-
-def published(name: str) -> Optional[Tuple[float, str]]:
-    """Top-1 on ImageNet-1k in percent, and who says so."""
-    if name in PAPER_TOP1:
-        return PAPER_TOP1[name], 'the paper'
-    if name in PEERS:
-        tag, size, top1 = PEERS[name]
-        return top1, f'timm, `{tag}` at {size}'
-    return None
-
-
-def load(name: str, size: int, device: torch.device) -> nn.Module:
-    """A model with random weights whose activations are of ordinary size, since denormal numbers are slow."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, device=device, **model_args(name, {'img_size': size}))
-    momenta = {}
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            momenta[m] = m.momentum
-            m.momentum = 1.
-    images = torch.randn(4, 3, size, size, device=device)
-    with torch.no_grad():
-        model.train()(images)
-    for m, momentum in momenta.items():
-        m.momentum = momentum
-    with torch.inference_mode():
-        model.eval()(images)  # some models keep what they compute only once
-    return model
-
-
-def make_rows(
-        name: str,
-        size: int,
-        batch: int,
-        device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
-) -> Iterator[Row]:
-    """The model as trained and, if that is something else, fused."""
-    model = load(name, size, device).to(memory_format=memory_format)
-    images = torch.randn(max(batch, 4), 3, size, size, device=device).to(memory_format=memory_format)
-    saved = saved_for_backward(load(name, size, device).to(memory_format=memory_format), images[:4])
-    as_trained = 0
-    for fused in False, True:
-        net = reparameterize_model(model) if fused else model
-        params = sum(p.numel() for p in net.parameters())
-        if params != as_trained:
-            yield Row(name, fused, net, images[:batch], params, count_macs(net, images[:1]), None if fused else saved)
-        as_trained = params
-
-
-def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
-    """One inference of the row's images in a runtime, ready to be called."""
-    model, x = row.model, row.x
-    if runtime == 'onnx':
-        import onnxruntime
-
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            path = os.path.join(folder, 'model.onnx')
-            torch.onnx.export(model, (x,), path, dynamo=False)  # a tenth of the time that the other exporter takes
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-        feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
-        return lambda: session.run(None, feed)
-    call = torch.compile(model, fullgraph=True, dynamic=False) if runtime == 'compile' else model
-    return lambda: call(x)
-
-
-@contextmanager
-def many_compiled() -> Iterator[None]:
-    """All models of a family share the code of `forward`, and each is compiled for itself."""
-    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
-        yield
-
-
-@torch.inference_mode()
-def measure(rows: List[Row], rounds: int, device: torch.device) -> None:
-    """Time all rows in all their runtimes, in turns."""
-
-    def wait() -> None:
-        if device.type != 'cpu':
-            torch.accelerator.synchronize(device)
-
-    turns = [(row, runtime) for row in rows for runtime in row.runs]
-    with many_compiled():
-        for row, runtime in progress(turns, 'warming up'):
-            for _ in range(3):
-                row.runs[runtime]()
-            row.seconds[runtime] = []
-    shuffle = random.Random(0).shuffle
-    for _ in progress(range(rounds), 'measuring', unit='round'):
-        shuffle(turns)
-        for row, runtime in turns:
-            row.runs[runtime]()  # brings its weights into the caches
-            wait()
-            begin = time.perf_counter()
-            row.runs[runtime]()
-            wait()
-            row.seconds[runtime].append(time.perf_counter() - begin)
-
-
-def describe(device: torch.device, threads: int) -> str:
-    """Where was measured."""
-    if device.type != 'cpu':
-        return torch.get_device_module(device).get_device_name(device)
-    found = re.search(r'Model name:\s*(.+)', get_cpu_info(run_command) or '')
-    cpu = found.group(1) if found else platform.processor() or platform.machine()
-    return f'{cpu}, {threads} thread{"s"[:threads > 1]}'
-
-
-def make_table(rows: List[Row], heading: str) -> str:
-    """The rows as a table in Markdown, and what its columns mean."""
-    runtimes = list(rows[0].runs)
-    header = ['model', 'image', 'parameters, M', 'MACs, M', 'top-1, %', 'top-1 by']
-    header += [f'{RUNTIMES[r]}, ms' for r in runtimes] + ['training, MB']
-    lines = [header, ['---'] * 2 + ['---:'] * 3 + ['---'] + ['---:'] * (len(header) - 6)]
-    for row in rows:
-        top1 = published(row.name)
-        times = [row.latency(r) for r in runtimes]
-        lines.append([
-            f'{row.name}, fused' if row.fused else row.name,
-            '×'.join(str(n) for n in row.x.shape[2:]),
-            f'{row.params / 1e6:.2f}',
-            f'{row.macs / 1e6:.0f}',
-            f'{top1[0]:.1f}' if top1 else '–',
-            top1[1] if top1 else '–',
-            *(f'{median:.1f} ({low:.1f}–{high:.1f})' for low, median, high in times),
-            '–' if row.saved is None else f'{row.saved / 1e6:.1f}',
-        ])
-    table = '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
-    return f"""{heading}
-
-{table}
-
-- fused: after `timm.utils.reparameterize_model`; models without such a row are not changed by it.
-- MACs: multiply-adds of convolutions and matrix products, half of what PyTorch's `FlopCounterMode` counts.
-- top-1: on ImageNet-1k, quoted and not measured here; from the paper (arXiv 2108.05895), or from timm's
-  `results/results-imagenet.csv` with the weights and the image size named.
-- ms: median (quartiles) for the whole batch.
-- training: bytes kept for the backward pass for each image, parameters not included.
-"""
-
-
-def draw(rows: List[Row], heading: str, path: Path) -> None:
-    """Draw published accuracy over measured latency, a panel for each runtime; fused where fusing changes a model.
-
-    Args:
-        rows: Of models with a published accuracy.
-        heading: Where and by what was measured.
-        path: File to write.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    runtimes = list(rows[0].runs)
-    figure = Figure(figsize=(max(4.8 * len(runtimes), 6.4), 5.4), dpi=150, layout='constrained')
-    figure.suptitle(heading, fontsize=8, color='0.35')
-    panels = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
-    accuracy = {row.name: quoted[0] for row in rows if (quoted := published(row.name))}
-    fastest = {row.name: row for row in rows}  # a fused row comes later
-    for axes, runtime in zip(panels, runtimes, strict=True):
-        latency = {name: row.latency(runtime) for name, row in fastest.items()}
-        frontier: List[str] = []
-        for name in sorted(latency, key=lambda n: (latency[n][1], -accuracy[n])):
-            if not frontier or accuracy[name] > accuracy[frontier[-1]]:
-                frontier.append(name)
-        end = 1.6 * max(high for _, _, high in latency.values())
-        axes.step([*(latency[n][1] for n in frontier), end], [accuracy[n] for n in [*frontier, frontier[-1]]],
-                  where='post', color='0.88', linewidth=7, zorder=1, label='nothing faster is as accurate')
-        for names, style in (
-                ([n for n in latency if n in PAPER_TOP1], dict(fmt='o-', color='C3', label='Mobile-Former')),
-                ([n for n in latency if n not in PAPER_TOP1], dict(fmt='s', color='C0', label='other timm models')),
-        ):
-            if names:
-                names.sort(key=lambda n: accuracy[n])
-                low, median, high = zip(*(latency[n] for n in names), strict=True)
-                spread = [[m - a for m, a in zip(median, low, strict=True)],
-                          [b - m for m, b in zip(median, high, strict=True)]]
-                axes.errorbar(median, [accuracy[n] for n in names], xerr=spread, markersize=5, linewidth=1.5,
-                              elinewidth=1, zorder=3, **style)
-        axes.set_xscale('log')
-        axes.set_xlim(min(low for low, _, _ in latency.values()) / 1.6, end)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(RUNTIMES[runtime], fontsize=11)
-        axes.set_xlabel(f'latency, ms (median and quartiles), batch of {len(rows[0].x)}')
-        axes.grid(color='0.93', linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
-        axes.tick_params(axis='x', labelsize=8)
-    lowest, highest = min(accuracy.values()), max(accuracy.values())
-    room = max(1, 0.1 * (highest - lowest))
-    panels[0].set_ylim(lowest - room, highest + room)  # which all panels share
-    panels[0].set_ylabel('ImageNet-1k top-1, % (as published)')
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
-                  frameon=False)
-    figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
-    for axes, runtime in zip(panels, runtimes, strict=True):
-        label(axes, {name: (row.latency(runtime)[1], accuracy[name]) for name, row in fastest.items()})
-    save_figure(figure, path)
-
-
-def label(axes: 'Axes', points: Dict[str, Tuple[float, float]]) -> None:
-    """Write each model's name beside its latency and accuracy."""
-    from textalloc import allocate
-
-    ours = sorted((y, x) for name, (x, y) in points.items() if name in PAPER_TOP1)
-    line = dict(x_lines=[[x for _, x in ours]], y_lines=[[y for y, _ in ours]]) if len(ours) > 1 else {}
-    x, y = (list(values) for values in zip(*points.values(), strict=True))
-    place: Any = allocate
-    place(axes, x, y, [name.removeprefix('mobileformer_').upper() if name in PAPER_TOP1 else name for name in points],
-          x_scatter=x, y_scatter=y, **line, textsize=8, min_distance=0.012, max_distance=0.25, linecolor='0.6',
-          linewidth=0.6, textcolor=['C3' if name in PAPER_TOP1 else '0.2' for name in points])
-
-
-def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """The rows of a model, ready to be measured."""
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    published_at = PEERS[name][1] if name in PEERS else None
-    cfg, _ = known_config(name)
-    _, height, width = cfg['input_size']
-    if height != width and not args.img_size:
-        raise InputError(f'its images are not square, {height} × {width}; name a size with --img-size')
-    size = args.img_size or published_at or width
-    for row in make_rows(name, size, args.batch_size, device, memory_format):
-        row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
-        yield row
-
-
-def run(args: argparse.Namespace) -> None:
-    names = [find_model(name) for name in args.model or [*PAPER_TOP1, *PEERS]]
-    device = pick_device(args)
-    torch.set_num_threads(args.threads)
-    versions = f'PyTorch {torch.__version__}, timm {timm.__version__}'
+def resolve_options(args: argparse.Namespace) -> None:
+    """Refuse what is not installed, and fill in the runtimes."""
+    on_cpu = args.device == 'cpu'
+    args.runtimes = list(dict.fromkeys(args.runtimes or (['eager', 'onnx'] if on_cpu else ['eager'])))
+    lacks = [missing('demo', 'matplotlib', 'textalloc')]
     if 'onnx' in args.runtimes:
-        import onnxruntime
-        versions += f', ONNX Runtime {onnxruntime.__version__}'
-    maps = 'float32, channels-last' if args.channels_last else 'float32'
-    heading = f'{describe(device, args.threads)}; batch of {args.batch_size}, {maps}; {versions}; {date.today()}'
-    with whole(args.output) as folder:
-        rows: List[Row] = []
-        for name in progress(names, 'preparing', unit='model'):
-            try:
-                rows += prepare(name, args, device)
-            except Exception as e:  # models fail in ways of their own
-                raise InputError(f'{name} cannot be measured: {reason(e)}') from e
-        measure(rows, args.rounds, device)
-        table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
-        print(table)
-        if drawn := [row for row in rows if published(row.name)]:
-            draw(drawn, heading, folder / 'plot.png')
-        (folder / 'table.md').write_text(table, encoding='utf-8')
-        written = ', '.join(sorted(path.name for path in folder.iterdir()))
-        earlier = [path for name in ('plot.png', 'table.md') if (path := args.output / name).exists()]
-        for path in earlier:  # one without the other would be of another run
-            path.unlink()
-    if left_out := list(dict.fromkeys(row.name for row in rows if row not in drawn)):
-        print(f'without a published accuracy, and so not in the plot: {", ".join(left_out)}')
-    print(f'written to {args.output}: {written}{", in place of those of an earlier run" if earlier else ""}')
+        lacks.append(missing('export', 'onnx', 'onnxruntime'))
+        if not on_cpu:
+            raise InputError(f'ONNX Runtime is measured on the CPU, not on {args.device}; leave onnx out of --runtimes')
+    if any(lacks):
+        raise InputError(f'benchmark {"; ".join(filter(None, lacks))}')

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from .terminal import InputError, progress, quote, some
+from .terminal import InputError, abbreviate, progress, quote
 
 __all__ = ['Data', 'Found', 'Pictures', 'check_images', 'open_data', 'read_image', 'try_to_read']
 
@@ -120,7 +120,7 @@ def check_images(paths: Sequence[str], workers: int) -> None:
         reasons = list(progress(pool.imap(why_unreadable, paths, chunksize=16), 'checking images', len(paths)))
     bad = [f'{path} ({why})' for path, why in zip(paths, reasons, strict=True) if why]
     if bad:
-        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {some(bad)}')
+        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {abbreviate(bad)}')
 
 
 def contents(folder: Path) -> Tuple[List[Path], List[Path]]:
@@ -173,14 +173,14 @@ class Found:
         return labelled
 
     def of_types(self, verb: str) -> str:
-        return verb + ' ' + some(f'{n:,} {kind}' for kind, n in self.types.most_common()) if self.types else ''
+        return verb + ' ' + abbreviate(f'{n:,} {kind}' for kind, n in self.types.most_common()) if self.types else ''
 
     def remarks(self) -> List[str]:
         return [text for text in (
             self.of_types('passed over:'),
-            self.loose and f'outside of class folders, and passed over: {some(self.loose)}',
-            self.empty and f'without pictures, and no class: {some(self.empty)}',
-            self.loops and f'links to a folder around them, not followed: {some(self.loops)}',
+            self.loose and f'outside of class folders, and passed over: {abbreviate(self.loose)}',
+            self.empty and f'without pictures, and no class: {abbreviate(self.empty)}',
+            self.loops and f'links to a folder around them, not followed: {abbreviate(self.loops)}',
         ) if text]
 
 
@@ -192,8 +192,9 @@ def find_splits(root: Path) -> Tuple[Path, Optional[Path], List[str]]:
     if train:
         return train, held_out, [f.name for f in folders.values() if f not in (train, held_out)]
     if held_out or folders and folders.keys() <= {*TRAIN, *HELD_OUT}:
-        raise InputError(f'{root} has {some(f.name for f in folders.values())}, but no folder train with a folder for '
-                         'every class; where pictures lie side by side, name their classes in a CSV with --labels')
+        raise InputError(f'{root} has {abbreviate(f.name for f in folders.values())}, but no folder train with a '
+                         'folder for every class; where pictures lie side by side, name their classes in a CSV '
+                         'with --labels')
     return root, None, []
 
 
@@ -223,7 +224,7 @@ def read_labels(file: Path, root: Path) -> Labelled:
             raise InputError(f'{file} calls {name} both {labels[path]} and {label}')
     if missing:
         raise InputError(f'{len(missing):,} of {len(rows):,} files in {file} are neither in {root} nor beside it: '
-                         + some(missing))
+                         + abbreviate(missing))
     return list(labels.items())
 
 
@@ -275,24 +276,24 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2)
         train_folder, held_out_folder, beside = find_splits(root)
         train = found.classes(train_folder)
         held_out = found.classes(held_out_folder) if held_out_folder else []
-        remarks = found.remarks() + ([f'left alone in {root}: {some(beside)}'] if beside else [])
+        remarks = found.remarks() + ([f'left alone in {root}: {abbreviate(beside)}'] if beside else [])
     if not held_out:
         train, held_out = split(train, root, val_split)
         remarks.append(f'held out: {100 * val_split:g} % of every class')
     names, others = {label for _, label in train}, {label for _, label in held_out}
     if len(names) < 2:
         inside = [] if labels else [f for name in names if contents(f := train_folder / name)[0]]
-        raise InputError(f'{labels or root} has one class only ({some(names)}); at least two are needed'
+        raise InputError(f'{labels or root} has one class only ({abbreviate(names)}); at least two are needed'
                          + ''.join(f'; are they in --data-dir {quote(f)}?' for f in inside))
     if not others:
         raise InputError(f'{labels or root} has one picture of every class; at least two are needed, to hold one out')
     if not names & others:
-        raise InputError(f'{train_folder} and {held_out_folder} share no class ({some(names)}; {some(others)}); '
-                         'to hold out a part of the first, name it with --data-dir')
+        raise InputError(f'{train_folder} and {held_out_folder} share no class ({abbreviate(names)}; '
+                         f'{abbreviate(others)}); to hold out a part of the first, name it with --data-dir')
     if others - names:
-        remarks.append(f'only among the held-out images, and left out: {some(others - names)}')
+        remarks.append(f'only among the held-out images, and left out: {abbreviate(others - names)}')
     if names - others:
-        remarks.append(f'not among the held-out images: {some(names - others)}')
+        remarks.append(f'not among the held-out images: {abbreviate(names - others)}')
     classes = sorted(names, key=natural_key)
     index = {name: i for i, name in enumerate(classes)}
 

@@ -20,9 +20,9 @@ from timm.models import get_arch_name, is_model_in_modules, parse_model_name, re
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from timm_mobileformer import MobileFormer, checkpoint_filter_fn
+from timm_mobileformer.authors import AUTHORS_FILES
 from timm_mobileformer.pretrained import why
 
-from .options import AUTHORS_FILES
 from .terminal import InputError, quote, reason
 
 __all__ = [
@@ -160,6 +160,8 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
     Raises:
         InputError: There is no such model, it has no weights, or they do not fit.
     """
+    if args.use_ema and not args.checkpoint:
+        raise InputError('--use-ema is for a file with averaged weights, --checkpoint FILE')
     name, file = find_model(args.model), args.checkpoint if weights else None
     has_own = name.startswith(HAVE_WEIGHTS)
     if file and has_own:

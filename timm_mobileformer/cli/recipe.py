@@ -1,10 +1,19 @@
-"""Print where a recipe for timm's train.py is, or which recipes there are."""
+"""`timm-mobileformer recipe`: print the path of a recipe for timm's train.py, or the names of all recipes."""
 import argparse
+from pathlib import Path
 
-from .options import RECIPES
 from .terminal import InputError
 
-__all__ = ['run']
+HELP = "print the path of a recipe for timm's train.py"
+WORK = 'recipe'
+RECIPES = Path(__file__).parents[1] / 'recipes'
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print the path of a recipe for timm's train.py; without a name, the names:\n\n"
+        '  python train.py --config "$(timm-mobileformer recipe finetune)" --model mobileformer_52m --data-dir DIR …')
+    parser.add_argument('name', nargs='?', metavar='NAME')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Iterable
 from tqdm import tqdm
 
 __all__ = ['InputError', 'close_bars', 'missing', 'progress', 'quiet_unless_it_fails', 'quote', 'reason',
-           'some']
+           'abbreviate']
 
 
 class InputError(Exception):
@@ -31,7 +31,7 @@ def reason(error: BaseException, limit: int = 600) -> str:
     return text if len(text) <= limit else f'{text[:limit]} …'
 
 
-def some(names: Iterable[Any], limit: int = 5) -> str:
+def abbreviate(names: Iterable[Any], limit: int = 5) -> str:
     """The first names, and how many more there are."""
     names = sorted(str(n) for n in names) if isinstance(names, Set) else [str(n) for n in names]
     return ', '.join(names[:limit]) + (f' and {len(names) - limit:,} more' if len(names) > limit else '')

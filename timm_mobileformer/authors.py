@@ -1,0 +1,13 @@
+"""The weights that the authors published."""
+__all__ = ['AUTHORS_FILES', 'AUTHORS_TAG']
+
+AUTHORS_TAG = 'ms_in1k'  # pretrained tag of the authors' weights
+AUTHORS_FILES = {  # IDs of their files on Google Drive, from the table in the README of AAboys/MobileFormer
+    'mobileformer_26m': '15uWYzx2VWWUjacZQHB56vOHzKxQDlp5O',
+    'mobileformer_52m': '1ekq_FPl57gjIlYX16Ll0nBuEyB0pjgGt',
+    'mobileformer_96m': '1kMbRceswujtliCHKr-nxMFsrkvBrEfrW',
+    'mobileformer_151m': '1w4QO-zhJ8QI1zGu7iOZ7lXxYJ5G1VXdF',
+    'mobileformer_214m': '13MOjdIMMBJgqyq_ld-grRhBBHOFU5Ggd',
+    'mobileformer_294m': '1JBSM7NJ60fN9TgT5sMnbhmbZwrzcBd0r',
+    'mobileformer_508m': '1bqLIcpbCaxK-Eb4wcxk0iJpFJ1nXfGuF',
+}
