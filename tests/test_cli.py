@@ -21,9 +21,9 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
 from timm_mobileformer.cli import main, options
-from timm_mobileformer.cli.files import whole
+from timm_mobileformer.cli.console import InputError, progress
+from timm_mobileformer.cli.files import atomic_dir
 from timm_mobileformer.cli.load import class_names, load_model
-from timm_mobileformer.cli.terminal import InputError, progress
 
 SUBCOMMANDS = {
     'benchmark', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens', 'weights'}
@@ -228,7 +228,7 @@ def test_what_is_to_be_pasted_into_a_shell_can_be(tmp_path, monkeypatch, capsys)
 def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
-        with whole(tmp_path / 'new' / 'folder') as folder:
+        with atomic_dir(tmp_path / 'new' / 'folder') as folder:
             save_file({'a': torch.ones(1)}, folder / 'a.safetensors')  # written for the owner alone
             (folder / 'b').write_text('first')
             assert os.listdir(tmp_path / 'new' / 'folder') == [folder.name]
@@ -238,12 +238,13 @@ def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_sa
     assert {p.name: oct(p.stat().st_mode & 0o777) for p in folder.iterdir()} == {'a.safetensors': '0o640', 'b': '0o640'}
     assert folder.stat().st_mode & 0o777 == 0o750
     for where in folder, tmp_path / 'other':
-        with pytest.raises(ZeroDivisionError), whole(where) as unfinished:
+        with pytest.raises(ZeroDivisionError), atomic_dir(where) as unfinished:
             (unfinished / 'b').write_text('second')
             1 / 0  # noqa: B018
     assert (folder / 'b').read_text() == 'first' and len(os.listdir(folder)) == 2
     assert os.listdir(tmp_path) == ['new']
-    with pytest.raises(InputError, match=r'folder/b cannot be written to \(Not a directory\)'), whole(folder / 'b'):
+    refusal = r'folder/b cannot be written to \(Not a directory\)'
+    with pytest.raises(InputError, match=refusal), atomic_dir(folder / 'b'):
         pass
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_mobileformer.cli.data import check_images, open_data, read_image
-from timm_mobileformer.cli.terminal import InputError
+from timm_mobileformer.cli.console import InputError
+from timm_mobileformer.cli.data import open_data
+from timm_mobileformer.cli.images import check_images, read_image
 
 y, x = np.mgrid[:24, :32]
 COLORS = np.stack([8 * x, 10 * y, 255 - 4 * (x + y)], -1).clip(0, 255).astype(np.uint8)

@@ -18,7 +18,7 @@ from timm.utils import accuracy, reparameterize_model
 
 from timm_mobileformer import MobileFormer
 from timm_mobileformer.cli import export, exporting, formats, main
-from timm_mobileformer.cli.terminal import InputError
+from timm_mobileformer.cli.console import InputError
 
 pytestmark = pytest.mark.timeout(900)  # whichever test comes first trains
 

@@ -18,7 +18,8 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 
 from timm_mobileformer.cli import main
 from timm_mobileformer.cli.data import open_data
-from timm_mobileformer.cli.training import draw_curve, draw_predictions, make_loaders
+from timm_mobileformer.cli.report import draw_curve, draw_predictions
+from timm_mobileformer.cli.training import make_loaders
 
 TINY = ('--model', 'test_mobileformer', '--img-size', '64', '--epochs', '2', '--batch-size', '16', '--device', 'cpu',
         '--workers', '0')
@@ -163,7 +164,7 @@ def test_photographs_are_learnt_in_eighty_steps_and_what_is_reported_is_what_is_
 def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path, shapes, capsys):
     settings = ('--data-dir', shapes, *TINY, '--epochs', 4, '--workers', 2, '--aa', 'rand-m5', '--drop', 0.1,
                 '--drop-path', 0.1, '--balanced')
-    assert not run_here(*settings, '--output', tmp_path / 'whole')
+    assert not run_here(*settings, '--output', tmp_path / 'atomic_dir')
     once = capsys.readouterr().out
 
     part = tmp_path / 'a part'
@@ -183,8 +184,8 @@ def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path
     assert top1_printed(capsys.readouterr().out) == top1_printed(once)
     assert {f.name for f in part.iterdir()} == FILES
     for name in FILES - {'last.pth.tar'}:
-        assert (part / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
-    ends = [torch.load(run / 'last.pth.tar', weights_only=True) for run in (part, tmp_path / 'whole')]
+        assert (part / name).read_bytes() == (tmp_path / 'atomic_dir' / name).read_bytes(), name
+    ends = [torch.load(run / 'last.pth.tar', weights_only=True) for run in (part, tmp_path / 'atomic_dir')]
     assert ends[0]['epoch'] == 3 and ends[0]['history'] == ends[1]['history']
     torch.testing.assert_close(ends[0]['state_dict'], ends[1]['state_dict'], rtol=0, atol=0)
     torch.testing.assert_close(ends[0]['optimizer'], ends[1]['optimizer'], rtol=0, atol=0)

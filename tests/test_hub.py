@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 
-from timm_mobileformer.checkpoint import MisfitError
+from timm_mobileformer.checkpoint import CheckpointMismatchError
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ['26m', '52m', '96m', '151m', '214m', '294m', '508m']
@@ -308,8 +308,8 @@ def test_errors_that_are_not_about_weights_of_the_hub_stay_what_they_are(tmp_pat
             (f'local-dir:{tmp_path}/folder', {}, SafetensorError),
             (name, {'file': str(damaged)}, SafetensorError),
             (name, {'file': str(tmp_path / 'missing.pth')}, FileNotFoundError),
-            (name, {'file': str(tmp_path / 'foreign.pth')}, MisfitError),
-            (name, {'state_dict': foreign}, MisfitError)):
+            (name, {'file': str(tmp_path / 'foreign.pth')}, CheckpointMismatchError),
+            (name, {'state_dict': foreign}, CheckpointMismatchError)):
         with pytest.raises(kind) as error:
             timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
         assert 'timm-mobileformer' not in str(error.value) and type(error.value) is kind

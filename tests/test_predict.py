@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_mobileformer.cli import main
-from timm_mobileformer.cli.data import read_image
+from timm_mobileformer.cli.images import read_image
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +97,7 @@ def test_classes_have_the_names_of_a_file(run, tmp_path):
     (['missing.jpg'], 'no such picture or folder: missing.jpg'),
     (['photos/.hidden/none', 'photos'], 'no such picture or folder: photos/.hidden/none'),
     (['photos', '--topk', '5'], '--topk 5: test_mobileformer has 4 classes'),
-    (['photos', '--topk', '0'], '--topk must be at least 1, not 0'),
+    (['photos', '--topk', '0'], '--topk: must be at least 1, not 0; see timm-mobileformer predict --help'),
     (['photos/rotated.jpg', '--output', 'photos/rotated.jpg'], '--output would overwrite photos/rotated.jpg'),
     (['photos', '--output', '/dev/null'], '--output would overwrite /dev/null'),
 ])

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-__all__ = ['MisfitError', 'checkpoint_filter_fn']
+__all__ = ['CheckpointMismatchError', 'checkpoint_filter_fn']
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ _BLOCK = {
 }
 
 
-class MisfitError(RuntimeError):
+class CheckpointMismatchError(RuntimeError):
     """A checkpoint does not fit the model."""
 
 
@@ -96,7 +96,8 @@ def checkpoint_filter_fn(
         strict: Refuse missing and surplus tensors too; a warning names them otherwise.
 
     Raises:
-        MisfitError: Tensors are missing, surplus or of the wrong shape; the error names them as the checkpoint does.
+        CheckpointMismatchError: Tensors are missing, surplus or of the wrong shape; the error names them as the
+            checkpoint does.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -120,7 +121,7 @@ def checkpoint_filter_fn(
     found = {kind: f'{kind}: {_name_some(names)}' for kind, names in problems.items() if names}
     message = f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(found.values())
     if strict and found or 'misshaped' in found:
-        raise MisfitError(message)
+        raise CheckpointMismatchError(message)
     if found:
         _logger.warning(message)
     return out

@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['DynamicReLU', 'check_foldable', 'dynamic_relu', 'is_recording']
+__all__ = ['DynamicReLU', 'check_foldable', 'dynamic_relu', 'is_tracing_or_compiling']
 
 
-def is_recording() -> bool:
+def is_tracing_or_compiling() -> bool:
     """Whether a graph is being recorded (compiled, exported, traced), which plain operators serve best."""
     if not torch.jit.is_scripting():
         return torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -74,7 +74,7 @@ def dynamic_relu(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
     """
     if not torch.jit.is_scripting():  # noqa: SIM102, a script cannot read the rest
         # float16 cannot hold lo / hi where hi is close to 0; under autocast, a frozen norm leaves the map in float32
-        if x.dtype == a.dtype != torch.float16 and not is_recording():
+        if x.dtype == a.dtype != torch.float16 and not is_tracing_or_compiling():
             lo, hi = torch.minimum(a, b), torch.maximum(a, b)
             if torch.is_grad_enabled():
                 return DynamicReLUFunction.apply(x, lo, hi)

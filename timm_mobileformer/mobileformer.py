@@ -33,7 +33,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import checkpoint_filter_fn
-from .dynamic_relu import DynamicReLU, check_foldable, is_recording
+from .dynamic_relu import DynamicReLU, check_foldable, is_tracing_or_compiling
 from .pretrained import explain_missing_weights
 
 __all__ = ['MobileFormer']
@@ -129,7 +129,7 @@ def distribute(x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     B, C, H, W = x.shape
     h, M, c = k.shape[1:]
     q = x.view(B, h, c, H * W)
-    if is_recording():  # a softmax over few numbers is slow in other runtimes, its parts save 2.4 % in ONNX Runtime
+    if is_tracing_or_compiling():  # a softmax over few numbers is slow in ONNX Runtime, its parts save 2.4 %
         attn = k @ q
         attn = (attn - attn.amax(dim=2, keepdim=True)).exp()
         attn = attn / attn.sum(dim=2, keepdim=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 from timm.models._builder import _resolve_pretrained_source
 
-from .checkpoint import MisfitError
+from .checkpoint import CheckpointMismatchError
 
 __all__ = ['PAPER_TOP1', 'explain_missing_weights', 'why']
 
@@ -59,7 +59,8 @@ def why(error: BaseException) -> str:
 
 
 # Of a download, of the file that it brings, and of weights that do not fit; timm puts a pickle's into one of its own.
-KINDS = OSError, HTTPError, EntryNotFoundError, HFValidationError, SafetensorError, UnpicklingError, MisfitError
+KINDS = (OSError, HTTPError, EntryNotFoundError, HFValidationError, SafetensorError, UnpicklingError,
+         CheckpointMismatchError)
 
 
 @contextmanager

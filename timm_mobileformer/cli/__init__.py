@@ -27,7 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     on_interrupt = signal.getsignal(signal.SIGINT)
     if on_interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop_at_once)
-    from . import options, terminal
+    from . import console, options
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='replace', line_buffering=True)
@@ -42,10 +42,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:  # whoever reads, head for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (terminal.InputError, OSError, ModuleNotFoundError) as e:
-        status, message = 2, f'error: {terminal.reason(e)}'
+    except (console.InputError, OSError, ModuleNotFoundError) as e:
+        status, message = 2, f'error: {console.reason(e)}'
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
-    terminal.close_bars()
+    console.close_bars()
     print(message, file=sys.stderr)
     return status

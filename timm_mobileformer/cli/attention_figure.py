@@ -10,10 +10,10 @@ from timm.data import create_transform, resolve_model_data_config
 
 from timm_mobileformer.attention import BridgeAttention, attention_maps
 
-from .data import check_images, read_image
-from .files import save_figure, whole
+from .console import progress
+from .files import atomic_dir, save_figure
+from .images import check_images, read_image
 from .load import class_names, load_mobileformer
-from .terminal import progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
             maps, probabilities = attention_maps(model, x[None]), model(x[None]).softmax(dim=1)[0]
         values, indices = probabilities.topk(min(5, len(names)))
         top = [(names[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
-        with whole(out.parent, out.name) as folder:
+        with atomic_dir(out.parent, out.name) as folder:
             save_figure(draw((x * std + mean).clamp(0, 1), maps, top, path.name), folder / out.name, dpi=200)
             if args.npz:
                 np.savez_compressed(folder / f'{out.stem}.npz', **arrays(maps))

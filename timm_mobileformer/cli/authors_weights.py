@@ -17,12 +17,12 @@ from torchvision.datasets.utils import download_file_from_google_drive
 
 from timm_mobileformer import checkpoint_filter_fn
 from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG
-from timm_mobileformer.checkpoint import MisfitError
+from timm_mobileformer.checkpoint import CheckpointMismatchError
 from timm_mobileformer.pretrained import PAPER_TOP1
 
-from .files import sha256, whole
+from .console import InputError, abbreviate, missing, progress, quote, reason
+from .files import atomic_dir, sha256
 from .load import load_mobileformer, read_checkpoint
-from .terminal import InputError, abbreviate, missing, progress, quote, reason
 
 __all__ = ['CACHE', 'Candidate', 'check', 'fetch', 'find_variants', 'read_record', 'run', 'save', 'verify']
 
@@ -79,7 +79,7 @@ def examine(file: Path, variant: str) -> None:
             raise InputError('a web page, not the file')
     try:
         checkpoint_filter_fn(read_checkpoint(file)[0], timm.create_model(variant, device='meta'))
-    except MisfitError as e:
+    except CheckpointMismatchError as e:
         raise InputError(reason(e)) from e
 
 
@@ -92,7 +92,7 @@ def fetch(variant: str, folder: Path) -> Path:
     url = f'https://drive.google.com/file/d/{AUTHORS_FILES[variant]}/view'
     file = folder / f'mobile-former-{variant.split("_")[1]}.pth.tar'
     is_new = not file.exists()
-    with whole(folder, file.name) as temporary:
+    with atomic_dir(folder, file.name) as temporary:
         here = temporary / file.name if is_new else file
         try:
             if is_new:
@@ -211,7 +211,7 @@ def write(args: argparse.Namespace, folder: Path) -> None:
         if candidate.model.num_classes != 1000:
             raise InputError(f"{args.checkpoint} tells {candidate.model.num_classes} classes apart, the authors' 1000; "
                              'weights of your own can be used as they are, by --model and --checkpoint')
-        with whole(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             save(candidate, temporary)
         verify(f'local-dir:{folder}', candidate)
     print(f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True) loads {args.model}; "

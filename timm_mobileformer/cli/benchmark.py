@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
+from .console import InputError, missing
 from .options import at_least, batch_size_option, device_option, img_size_option, threads_option
-from .terminal import InputError, missing
 
 HELP = 'measure models beside each other'
 WORK = 'benchmarking'

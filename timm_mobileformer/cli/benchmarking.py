@@ -28,9 +28,9 @@ import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.pretrained import PAPER_TOP1
 
 from .benchmark import RUNTIMES
-from .files import save_figure, whole
+from .console import InputError, progress, reason
+from .files import atomic_dir, save_figure
 from .load import find_model, known_config, model_args, pick_device
-from .terminal import InputError, progress, reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -339,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
         versions += f', ONNX Runtime {onnxruntime.__version__}'
     maps = 'float32, channels-last' if args.channels_last else 'float32'
     heading = f'{describe(device, args.threads)}; batch of {args.batch_size}, {maps}; {versions}; {date.today()}'
-    with whole(args.output) as folder:
+    with atomic_dir(args.output) as folder:
         rows: List[Row] = []
         for name in progress(names, 'preparing', unit='model'):
             try:

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Dict, Tuple
 
+from .console import InputError, missing
 from .options import check_exist, data_options, model_options, threads_option, workers_option
-from .terminal import InputError, missing
 
 HELP = 'write files for devices'
 WORK = 'exporting'

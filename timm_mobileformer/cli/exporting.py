@@ -12,13 +12,14 @@ import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 
-from .about import describe, write_about
-from .data import Found, Pictures, check_images, open_data
+from .console import InputError, abbreviate, progress, quiet_unless_it_fails, reason
+from .data import ImageScan, open_data
 from .digits import folder_or_digits
-from .files import whole
+from .files import atomic_dir
 from .formats import FORMATS, Raw, Run
+from .images import Pictures, check_images
 from .load import class_names, load_model
-from .terminal import InputError, abbreviate, progress, quiet_unless_it_fails, reason
+from .metadata import describe, write_metadata
 from .training import fingerprint, read_state
 
 __all__ = ['run']
@@ -64,7 +65,7 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
         targets = torch.tensor([target for _, target in held_out])
         return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} held-out pictures')
     if args.images:
-        found = Found()
+        found = ImageScan()
         paths = found.named(args.images)
         if not paths:
             raise InputError(f'no pictures in {abbreviate(args.images)}{found.of_types(", only")}')
@@ -140,7 +141,7 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     torch.set_num_threads(args.threads)
     data_config = resolve_model_data_config(model, vars(args))
     inputs = open_inputs(args, model, data_config, root)
-    with whole(args.output):  # refused before the work if it cannot be written to
+    with atomic_dir(args.output):  # refused before the work if it cannot be written to
         pass
     architecture = model.pretrained_cfg['architecture']
     about = describe(model, data_config, class_names(model), args.raw)
@@ -167,12 +168,12 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
         try:
             if name.endswith('int8') and not inputs.calibration:
                 raise InputError('must see pictures to find its scales: --images or --data-dir names some')
-            with whole(args.output) as folder:
+            with atomic_dir(args.output) as folder:
                 path = folder / (architecture + form.suffix)
                 with quiet_unless_it_fails():
                     form.export(net, to_input(images), path)
                     size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
-                    write_about({**about, 'input_shape': [form.batch, *about['input_shape'][1:]]}, path)
+                    write_metadata({**about, 'input_shape': [form.batch, *about['input_shape'][1:]]}, path)
                     run = form.load(path, args.threads)
                 answers = run_all(run, ((to_input(x), y) for x, y in inputs.loader), form.title)
                 check_answers(name, answers, wanted, targets, args.max_drop)

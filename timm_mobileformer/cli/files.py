@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from .terminal import InputError, progress
+from .console import InputError, progress
 
-__all__ = ['save_figure', 'sha256', 'whole']
+__all__ = ['save_figure', 'sha256', 'atomic_dir']
 
 
 @contextmanager
-def whole(folder: Path, name: str = 'all') -> Iterator[Path]:
+def atomic_dir(folder: Path, name: str = 'all') -> Iterator[Path]:
     """A folder to write to; when all is written, its files take their places in `folder`, with usual permissions.
 
     Args:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict
 
+from .console import InputError
 from .options import (
     at_least,
     batch_size_option,
@@ -18,7 +19,6 @@ from .options import (
     threads_option,
     workers_option,
 )
-from .terminal import InputError
 
 HELP = 'train on a folder of images'
 WORK = 'training'

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from timm_mobileformer import versions
 
-from .terminal import InputError
+from .console import InputError
 
 __all__ = ['FORMATS', 'Raw', 'Run', 'open_onnx']
 

@@ -23,7 +23,7 @@ from timm_mobileformer import MobileFormer, checkpoint_filter_fn
 from timm_mobileformer.authors import AUTHORS_FILES
 from timm_mobileformer.pretrained import why
 
-from .terminal import InputError, quote, reason
+from .console import InputError, quote, reason
 
 __all__ = [
     'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args', 'pick_device',

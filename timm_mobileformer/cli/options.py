@@ -9,7 +9,7 @@ from typing import Any, Callable, NoReturn, Optional, Sequence
 
 from timm_mobileformer import versions
 
-from .terminal import InputError, abbreviate
+from .console import InputError, abbreviate
 
 __all__ = [
     'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_output', 'class_map_option', 'data_options',

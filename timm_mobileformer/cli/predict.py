@@ -2,6 +2,7 @@
 import argparse
 from pathlib import Path
 
+from .console import InputError, missing
 from .options import (
     at_least,
     batch_size_option,
@@ -13,7 +14,6 @@ from .options import (
     option,
     workers_option,
 )
-from .terminal import InputError, missing
 
 HELP = 'classify pictures'
 WORK = 'prediction'

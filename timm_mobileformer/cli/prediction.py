@@ -10,12 +10,13 @@ import torch
 from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset
 
-from .about import About, describe, make_transform, read_about
-from .data import Found, try_to_read
-from .files import whole
+from .console import InputError, abbreviate, progress, reason
+from .data import ImageScan
+from .files import atomic_dir
 from .formats import Run, open_onnx
+from .images import try_to_read
 from .load import class_names, load_model, pick_device, read_names
-from .terminal import InputError, abbreviate, progress, reason
+from .metadata import ExportMetadata, describe, make_transform, read_metadata
 
 __all__ = ['run']
 
@@ -35,7 +36,7 @@ class Attempts(Dataset):
         return len(self.paths)
 
 
-def open_model(args: argparse.Namespace) -> Tuple[Run, About]:
+def open_model(args: argparse.Namespace) -> Tuple[Run, ExportMetadata]:
     """What answers to a batch as the transform makes it, with probabilities (B, classes); and what is to be known."""
     if args.model.endswith('.onnx'):
         path = Path(args.model)
@@ -43,7 +44,7 @@ def open_model(args: argparse.Namespace) -> Tuple[Run, About]:
             session = open_onnx(path)
         except Exception as e:  # ONNX Runtime has kinds of its own
             raise InputError(f'{path} cannot be read, it is damaged or no ONNX ({reason(e, 200)})') from e
-        about = read_about(session.get_modelmeta().custom_metadata_map, path)
+        about = read_metadata(session.get_modelmeta().custom_metadata_map, path)
         if args.class_map:
             about['label_names'] = read_names(args.class_map, len(about['label_names']))
         raw = about['input_dtype'] == 'uint8'
@@ -66,14 +67,14 @@ def open_table(path: Any) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    with whole(path.parent, path.name) as folder, open(
+    with atomic_dir(path.parent, path.name) as folder, open(
             folder / path.name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         yield file
 
 
 def find_pictures(paths: List[Path]) -> List[str]:
     """The files that were named, and the pictures in and below the folders that were."""
-    found = Found()
+    found = ImageScan()
     files = found.named(paths)
     for remark in found.remarks():
         print(remark, file=sys.stderr)

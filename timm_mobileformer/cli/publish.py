@@ -4,8 +4,8 @@ from pathlib import Path
 
 from timm_mobileformer.authors import AUTHORS_TAG
 
+from .console import InputError
 from .options import batch_size_option, device_option, existing_folder, model_options, workers_option
-from .terminal import InputError
 from .weights import authors_options
 
 HELP = 'put weights on the Hugging Face Hub'

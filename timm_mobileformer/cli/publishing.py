@@ -20,10 +20,11 @@ from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG
 from timm_mobileformer.pretrained import PAPER_TOP1, why
 
 from .authors_weights import CACHE, Candidate, check, fetch, find_variants, read_record, save, verify
-from .data import Found, Pictures, check_images
-from .files import sha256, whole
+from .console import InputError, progress, reason
+from .data import ImageScan
+from .files import atomic_dir, sha256
+from .images import Pictures, check_images
 from .load import pick_device
-from .terminal import InputError, progress, reason
 
 __all__ = ['run']
 
@@ -81,7 +82,7 @@ def validate(candidate: Candidate, args: argparse.Namespace) -> Accuracy:
     index = {name: i for i, name in enumerate(ImageNetInfo('imagenet-1k').label_names())}
     if model.num_classes != len(index) or variant not in PAPER_TOP1:
         raise InputError(f'{variant} of {model.num_classes} classes is not in the paper: leave out --validate')
-    samples = [(path, index[name]) for path, name in Found().classes(args.validate) if name in index]
+    samples = [(path, index[name]) for path, name in ImageScan().classes(args.validate) if name in index]
     if not samples:
         raise InputError(f'{args.validate}: no images in class folders named as ImageNet names them (n01440764, …)')
     check_images([path for path, _ in samples], args.workers)
@@ -288,7 +289,7 @@ def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namesp
 
 def write_dry(candidate: Candidate, repo_id: str, target: Path) -> None:
     """Put the files into a folder instead, complete or not at all."""
-    with whole(target) as folder:
+    with atomic_dir(target) as folder:
         save(candidate, folder, model_card(candidate, repo_id))
     verify(f'local-dir:{target}', candidate)
     print(f'{target}: written, nothing sent; loads as local-dir:{target}, same answer to the bit')

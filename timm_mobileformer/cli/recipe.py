@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from .terminal import InputError
+from .console import InputError
 
 HELP = "print the path of a recipe for timm's train.py"
 WORK = 'recipe'

@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
+from .console import InputError, abbreviate, missing, quote
 from .options import check_exist, check_output, class_map_option, model_options
-from .terminal import InputError, abbreviate, missing, quote
 
 PICTURES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # that matplotlib writes
 HELP = 'draw what the tokens attend to'

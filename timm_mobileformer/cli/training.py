@@ -5,17 +5,14 @@ workers stay the same in number: every epoch begins with seeds of its own, and t
 optimizer and what was measured, nothing else.
 """
 import argparse
-import csv
 import hashlib
 import importlib.util
 import math
 import os
-import textwrap
-from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -30,20 +27,15 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, random_seed, update_summary
 from torch.utils.data import WeightedRandomSampler
 
-from .data import Data, check_images, open_data, read_image
+from .console import InputError, progress, quote, reason
+from .data import Data, open_data
 from .digits import folder_or_digits
-from .files import save_figure, whole
+from .files import atomic_dir
+from .images import check_images
 from .load import find_model, load_model, model_args, pick_device, set_data_config
-from .terminal import InputError, abbreviate, progress, quote, reason
+from .report import History, best_epoch, report
 
 PATHS = 'data_dir', 'labels', 'checkpoint'
-History = List[Dict[str, Any]]  # of every epoch, the arguments of timm's update_summary
-
-
-def best_epoch(history: History) -> int:
-    """That of the highest held-out top-1, and of the lowest loss among those."""
-    metrics = [row['eval_metrics'] for row in history]
-    return max(range(len(history)), key=lambda epoch: (metrics[epoch]['top1'], -metrics[epoch]['loss']))
 
 
 def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Tuple[Any, Any]:
@@ -143,9 +135,9 @@ def save_epoch(args: argparse.Namespace, model: Any, classes: List[str], kwargs:
         metric=history[-1]['eval_metrics']['top1'], version=2, history=history, pictures=pictures)
     try:
         if best_epoch(history) == len(history) - 1:
-            with whole(args.output) as folder:
+            with atomic_dir(args.output) as folder:
                 save_for_hf(model, str(folder), {'label_names': classes}, kwargs, safe_serialization=True)
-        with whole(args.output) as folder:  # last, so that what is continued has its weights
+        with atomic_dir(args.output) as folder:  # last, so that what is continued has its weights
             torch.save(state, folder / 'last.pth.tar')
             for row in history:
                 update_summary(**row, filename=folder / 'summary.csv', write_header=row is history[0])
@@ -175,114 +167,6 @@ def fingerprint(data: Data, root: Path) -> str:
     names = [[(os.path.relpath(path, root), target) for path, target in side.samples]
              for side in (data.train, data.held_out)]
     return hashlib.sha256(repr((names, data.classes)).encode()).hexdigest()
-
-
-def by_class(predictions: torch.Tensor, targets: torch.Tensor, data: Data) -> Tuple[Any, List[Dict[str, Any]]]:
-    """The confusion matrix, true classes as rows, and what it says of every class."""
-    n = len(data.classes)
-    confusion = (targets * n + predictions).bincount(minlength=n * n).view(n, n)
-    trained_on = Counter(target for _, target in data.train.samples)
-    rows = []
-    for i, (held_out, predicted, right) in enumerate(zip(
-            confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist(), strict=True)):
-        rows.append({'class': data.classes[i], 'train': trained_on[i], 'held_out': held_out, 'predicted': predicted,
-                     'right': right, 'precision': right / predicted if predicted else '',
-                     'recall': right / held_out if held_out else ''})
-    return confusion.tolist(), rows
-
-
-def summarize(predictions: torch.Tensor, targets: torch.Tensor, rows: List[Dict[str, Any]]) -> str:
-    """Accuracy, the classes told apart worst and the commonest mistakes, a line each."""
-    right = int((predictions == targets).sum())
-    lines = [f'held-out top-1 {100 * right / len(targets):.2f} % ({right:,} of {len(targets):,})']
-    present = [row for row in rows if row['held_out']]
-    if len({row['held_out'] for row in present}) > 1:
-        lines[0] += f', mean over classes {100 * sum(row["recall"] for row in present) / len(present):.2f} %'
-    pairs = Counter((t, p) for t, p in zip(targets.tolist(), predictions.tolist(), strict=True) if t != p).most_common()
-    if pairs:
-        worst = sorted((row for row in present if row['recall'] < 1), key=lambda row: row['recall'])
-        lines += [
-            'lowest top-1 by class: ' + abbreviate(
-                (f'{row["class"]} {100 * row["recall"]:.1f} %' for row in worst), 10),
-            'mistakes, class → predicted: ' + abbreviate(
-                (f'{rows[t]["class"]} → {rows[p]["class"]} ({n}×)' for (t, p), n in pairs), 10)]
-    return '\n'.join(lines)
-
-
-def draw_curve(path: Path, history: History) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 3.2), dpi=150, layout='constrained')
-    left, right = figure.subplots(1, 2)
-    epochs, best = range(1, len(history) + 1), best_epoch(history)
-    top1 = [row['eval_metrics']['top1'] for row in history]
-    style = '.-' if len(history) < 40 else '-'
-    left.plot(epochs, [row['train_metrics']['loss'] for row in history], style, label='training, labels smoothed')
-    left.plot(epochs, [row['eval_metrics']['loss'] for row in history], style, label='held out')
-    right.plot(epochs, top1, style + 'C1')
-    right.plot(best + 1, top1[best], 'oC3', label=f'kept: epoch {best + 1}, {top1[best]:.2f} %')
-    for axes, name in (left, 'loss'), (right, 'held-out top-1, %'):
-        axes.set(xlabel='epoch', ylabel=name, xlim=(0.5, len(history) + 0.5))
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    save_figure(figure, path)
-
-
-def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
-    """A class name in a few short lines; where it is too long, its middle is left out."""
-    room = width * rows - 8
-    name = name.encode(errors='replace').decode()  # of a folder whose name is not in UTF-8
-    name = name if len(name) <= room else f'{name[:room // 2]} … {name[-room // 2:]}'
-    return '\n'.join(textwrap.wrap(name, width) or ['?'])
-
-
-def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targets: torch.Tensor, classes: List[str],
-                     rows: int = 5, cols: int = 6) -> None:
-    """Draw pictures and predictions, the mistakes first and then the least certain."""
-    from matplotlib.figure import Figure
-
-    confidence, predictions = probs.max(-1)
-    correct = predictions == targets
-    order = sorted(range(len(targets)), key=lambda i: (correct[i].item(), probs[i, targets[i]].item()))[:rows * cols]
-    cols = min(cols, len(order))
-    rows = math.ceil(len(order) / cols)
-    figure = Figure(figsize=(max(2 * cols, 6), 2.6 * rows + 0.6), dpi=110, layout='constrained')
-    figure.suptitle(f'{(~correct).sum():,} of {len(targets):,} held-out images mistaken (red), then the least certain\n'
-                    'above: prediction and its probability; below: the class of a mistaken one', fontsize=12)
-    all_axes = figure.subplots(rows, cols, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    for i, axes in zip(order, all_axes, strict=False):
-        image = read_image(paths[i])
-        image.thumbnail((400, 400))
-        axes.imshow(image, interpolation='nearest' if max(image.size) < 64 else 'antialiased')
-        axes.set_title(f'{name_lines(classes[predictions[i]])}\n{100 * confidence[i]:.0f} %', fontsize=10, pad=3,
-                       color='k' if correct[i] else 'C3', parse_math=False)
-        if not correct[i]:
-            axes.spines[:].set(visible=True, color='C3', linewidth=2)
-            axes.set_xlabel(name_lines(classes[targets[i]]), fontsize=10, color='k', parse_math=False)
-    save_figure(figure, path)
-
-
-def report(args: argparse.Namespace, data: Data, logits: torch.Tensor, targets: torch.Tensor, history: History) -> str:
-    """Write tables and pictures of the held-out images; returns the lines to print."""
-    predictions = logits.argmax(-1)
-    confusion, rows = by_class(predictions, targets, data)
-    matrix = [[name, *counts] for name, counts in zip(data.classes, confusion, strict=True)]
-    tables: Dict[str, Iterable[Iterable[Any]]] = {
-        'classes.csv': [rows[0], *(row.values() for row in rows)], 'confusion.csv': [['class', *data.classes], *matrix]}
-    with whole(args.output) as folder:
-        for name, table in tables.items():
-            with open(folder / name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
-                csv.writer(file).writerows(table)
-        if importlib.util.find_spec('matplotlib'):
-            draw_curve(folder / 'curve.png', history)
-            draw_predictions(folder / 'predictions.png', [path for path, _ in data.held_out.samples],
-                             logits.softmax(-1), targets, data.classes)
-    return summarize(predictions, targets, rows)
 
 
 def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any]]) -> None:
@@ -316,7 +200,7 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
           f'{" × ".join(map(str, data_config["input_size"][1:]))} pixels'
           + (f'; {len(history)} of {args.epochs} epochs are done' if history else ''))
 
-    with whole(args.output):  # refused before training if it cannot be written to
+    with atomic_dir(args.output):  # refused before training if it cannot be written to
         pass
     try:
         save = partial(save_epoch, args, model, data.classes, kwargs, pictures)

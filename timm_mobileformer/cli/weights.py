@@ -5,8 +5,8 @@ from typing import Any
 
 from timm_mobileformer.authors import AUTHORS_FILES
 
+from .console import InputError, abbreviate
 from .options import existing_file, existing_folder
-from .terminal import InputError, abbreviate
 
 HELP = "fetch the authors' weights"
 WORK = 'authors_weights'

@@ -9,16 +9,16 @@ from typing import Any, Dict, List
 
 from timm.data import create_transform
 
-from .terminal import InputError, abbreviate
+from .console import InputError, abbreviate
 
-__all__ = ['About', 'describe', 'make_transform', 'read_about', 'write_about']
+__all__ = ['ExportMetadata', 'describe', 'make_transform', 'read_metadata', 'write_metadata']
 
-About = Dict[str, Any]
+ExportMetadata = Dict[str, Any]
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
 KEYS = (*PREPROCESSING, 'input_name', 'input_dtype', 'output_name', 'label_names')  # that using a file needs
 
 
-def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], raw: bool = False) -> About:
+def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], raw: bool = False) -> ExportMetadata:
     """What is to be known of a model to use it.
 
     Args:
@@ -41,7 +41,7 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
     }
 
 
-def write_about(about: About, path: Path) -> None:
+def write_metadata(about: ExportMetadata, path: Path) -> None:
     """Put it beside the exported file, `NAME.json` beside `NAME`, and into it, if that is an ONNX file."""
     lines = (f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in about.items())
     path.with_name(f'{path.name}.json').write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='ascii')
@@ -53,7 +53,7 @@ def write_about(about: About, path: Path) -> None:
         onnx.save(file, path)
 
 
-def read_about(metadata: Dict[str, str], path: Path) -> About:
+def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
     """What the metadata of an ONNX file say of it.
 
     Raises:
@@ -68,6 +68,6 @@ def read_about(metadata: Dict[str, str], path: Path) -> About:
                      f'in its metadata there are no {abbreviate(lacking)}')
 
 
-def make_transform(about: About) -> Any:
+def make_transform(about: ExportMetadata) -> Any:
     """What makes a tensor (C, H, W) of a picture, normalized if the model wants it so."""
     return create_transform(**{key: about[key] for key in PREPROCESSING}, normalize=about['input_dtype'] != 'uint8')
