@@ -139,7 +139,8 @@ def test_without_a_held_out_folder_a_fifth_of_every_class_is_held_out(tmp_path, 
     draw(tmp_path / 'here', *(f'{prefix}{name}/{i}.png' for name, n in counts.items() for i in range(n)))
     data = open_data(tmp_path / 'here')
     counts = [[sum(i == k for _, i in side.samples) for k in range(3)] for side in (data.train, data.held_out)]
-    assert counts == [[8, 20, 1], [2, 5, 1]] and data.remarks == ['held out: 20 % of every class']
+    assert counts == [[8, 20, 1], [2, 5, 1]] and data.remarks == [
+        'held out: 21.6 % of the images, at least one of every class of two or more']
     counts = [sum(i == k for _, i in open_data(tmp_path / 'here', val_split=0.4).held_out.samples) for k in range(3)]
     assert counts == [4, 10, 1]
 
@@ -200,7 +201,9 @@ def beside(root, name):
      'passed over: 2 .heic, 1 without a type, 1 .txt'),
     (lambda root: draw(root, 'val/5.png'), 'outside of class folders, and passed over: {root}/val/5.png'),
     (lambda root: (root / 'train' / 'c').mkdir(), 'without pictures, and no class: {root}/train/c'),
-    (lambda root: draw(root, 'test/a/5.png'), 'left alone in {root}: test'),
+    (lambda root: draw(root, 'extra/a/5.png'), 'left alone in {root}: extra'),
+    (lambda root: (root / 'test' / 'a').mkdir(parents=True), 'left alone in {root}: test'),
+    (lambda root: draw(root, 'test/a/5.png', 'test/c/5.png'), 'only in the test set, and left out: c'),
     (lambda root: (root / 'train/a/up').symlink_to('..'), UP.format('train/a/up')),
     (lambda root: (root / 'train/a/up').symlink_to('../..'), UP.format('train/a/up')),
     (lambda root: (root / 'train/a/up').symlink_to(root / 'train' / 'a'), UP.format('train/a/up')),
@@ -214,6 +217,17 @@ def test_what_is_passed_over_is_said(tmp_path, add, remark):
     assert data.remarks == ([remark.format(root=tmp_path)] if remark else [])
     assert {name for side in found(data) for name, _ in side} - {'5.png'} == {'1.png', '2.png', '3.png', '4.png'}
     assert not any(part.startswith('.') for path, _ in data.train.samples for part in path.split(os.sep))
+
+
+def test_a_test_set_beside_the_others_is_apart_from_them_and_alone_it_is_what_is_validated_on(tmp_path):
+    draw(tmp_path, *SPLITS, 'Test/a/5.png', 'Test/b/6.png')
+    data = open_data(tmp_path)
+    assert data.test.samples == [(str(tmp_path / 'Test/a/5.png'), 0), (str(tmp_path / 'Test/b/6.png'), 1)]
+    assert found(data) == [[('1.png', 'a'), ('2.png', 'b')], [('3.png', 'a'), ('4.png', 'b')]]
+    assert not data.validates_on_test and not data.remarks
+    (tmp_path / 'val').rename(tmp_path / '.val')
+    data = open_data(tmp_path)
+    assert data.validates_on_test and data.test is None and len(data.held_out) == 2
 
 
 @pytest.mark.parametrize('names, wanted', [

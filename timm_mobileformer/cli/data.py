@@ -3,6 +3,7 @@ import csv
 import io
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -144,11 +145,13 @@ def split(labelled: Labelled, root: Path, share: float) -> Tuple[Labelled, Label
 
 @dataclass
 class Data:
-    """Labelled pictures: those to train on, those held out, their classes by index, and what is to be said of them."""
+    """Labelled images: the training set, the validation set, their classes by index, and remarks for the user."""
     train: Pictures
     held_out: Pictures
     classes: List[str]
     remarks: List[str]
+    test: Optional[Pictures] = None  # where a folder of that name lies beside those of train and val
+    validates_on_test: bool = False  # the folder test is all there is to validate on
 
 
 def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2) -> Data:
@@ -156,7 +159,7 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2)
 
     Args:
         root: Folder with `train/CLASS/…` and `val/CLASS/…` (or `validation`, `valid`, `eval`, `test`, in any case),
-            with the first of them alone, or with `CLASS/…`.
+            and perhaps `test/CLASS/…` beside both; with `train/CLASS/…` alone; or with `CLASS/…`.
         labels: CSV of files and labels; instead of class folders.
         val_split: Share of every class to hold out, where no folder is.
 
@@ -167,6 +170,8 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2)
         raise InputError(f'{root} is not a folder' if root.exists() else f'no such folder: {root}')
     found = ImageScan()
     held_out: Labelled = []
+    test: Labelled = []
+    validates_on_test = False
     remarks: List[str] = []
     if labels:
         train = read_labels(labels, root)
@@ -174,10 +179,17 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2)
         train_folder, held_out_folder, beside = find_splits(root)
         train = found.classes(train_folder)
         held_out = found.classes(held_out_folder) if held_out_folder else []
+        validates_on_test = bool(held_out_folder and held_out_folder.name.lower() == 'test')
+        test_folder = next((root / name for name in beside if name.lower() == 'test'), None)
+        if held_out_folder and test_folder:
+            with suppress(InputError):  # without class folders it is left alone
+                test = found.classes(test_folder)
+                beside.remove(test_folder.name)
         remarks = found.remarks() + ([f'left alone in {root}: {abbreviate(beside)}'] if beside else [])
     if not held_out:
         train, held_out = split(train, root, val_split)
-        remarks.append(f'held out: {100 * val_split:g} % of every class')
+        share = len(held_out) / max(1, len(train) + len(held_out))
+        remarks.append(f'held out: {100 * share:.3g} % of the images, at least one of every class of two or more')
     names, others = {label for _, label in train}, {label for _, label in held_out}
     if len(names) < 2:
         inside = [] if labels else [f for name in names if contents(f := train_folder / name)[0]]
@@ -198,4 +210,6 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2)
     def indexed(labelled: Labelled) -> Pictures:
         return Pictures([(path, index[label]) for path, label in labelled if label in index])
 
-    return Data(indexed(train), indexed(held_out), classes, remarks)
+    if others := {label for _, label in test} - names:
+        remarks.append(f'only in the test set, and left out: {abbreviate(others)}')
+    return Data(indexed(train), indexed(held_out), classes, remarks, indexed(test) or None, validates_on_test)
