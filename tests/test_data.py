@@ -202,7 +202,7 @@ def beside(root, name):
     (lambda root: draw(root, 'val/5.png'), 'outside of class folders, and passed over: {root}/val/5.png'),
     (lambda root: (root / 'train' / 'c').mkdir(), 'without pictures, and no class: {root}/train/c'),
     (lambda root: draw(root, 'extra/a/5.png'), 'left alone in {root}: extra'),
-    (lambda root: (root / 'test' / 'a').mkdir(parents=True), 'left alone in {root}: test'),
+    (lambda root: (root / 'test').mkdir(), 'left alone in {root}: test'),
     (lambda root: draw(root, 'test/a/5.png', 'test/c/5.png'), 'only in the test set, and left out: c'),
     (lambda root: (root / 'train/a/up').symlink_to('..'), UP.format('train/a/up')),
     (lambda root: (root / 'train/a/up').symlink_to('../..'), UP.format('train/a/up')),
