@@ -1,0 +1,100 @@
+"""A model that classifies images, in PyTorch or in an exported ONNX file."""
+import argparse
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Union
+
+import torch
+from timm.data import resolve_model_data_config
+from torch.utils.data import DataLoader, Dataset
+
+from .console import InputError, progress, reason
+from .formats import open_onnx
+from .images import try_to_read
+from .load import class_names, load_model, pick_device, read_names
+from .metadata import describe, make_transform, read_metadata
+
+__all__ = ['Classifier', 'open_classifier']
+
+
+class Attempts(Dataset):
+    """Images as tensors, or, for those that cannot be read, the reason."""
+
+    def __init__(self, paths: Sequence[str], transform: Any):
+        self.paths = paths
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Union[torch.Tensor, str]:
+        image = try_to_read(self.paths[index])
+        return image if isinstance(image, str) else self.transform(image)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class Classifier(NamedTuple):
+    """A model and its preprocessing.
+
+    Attributes:
+        transform: Makes a tensor of an RGB image, (C, H, W).
+        run: Takes such tensors, returns logits (N, classes), or log-probabilities, on the CPU in float32.
+        label_names: Names of the classes, by index.
+    """
+    transform: Any
+    run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    label_names: List[str]
+
+    @torch.inference_mode()
+    def classify(self, paths: Sequence[str], args: argparse.Namespace) -> Iterator[Union[torch.Tensor, str]]:
+        """Logits (classes) of every image, or the reason why it cannot be read; in order.
+
+        No more than a few batches of preprocessed images are in memory at a time.
+        """
+        loader = DataLoader(
+            Attempts(paths, self.transform), args.batch_size, num_workers=args.workers,
+            collate_fn=list)  # type: ignore[arg-type]
+        with progress(total=len(paths), unit='image') as bar:
+            for batch in loader:
+                images = [image for image in batch if isinstance(image, torch.Tensor)]
+                logits = iter(self.run(images) if images else ())
+                yield from (image if isinstance(image, str) else next(logits) for image in batch)
+                bar.update(len(batch))
+
+
+def open_onnx_file(args: argparse.Namespace) -> Classifier:
+    """The ONNX file that `--model` names, on the CPU.
+
+    Raises:
+        InputError: It cannot be read, or was not written by `timm-mobileformer export`.
+    """
+    path = Path(args.model)
+    try:
+        session = open_onnx(path)
+    except Exception as e:  # ONNX Runtime has kinds of its own
+        raise InputError(f'{path} cannot be read, it is damaged or no ONNX ({reason(e, 200)})') from e
+    about = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+    raw = about['input_dtype'] == 'uint8'
+
+    def run(images: Sequence[torch.Tensor]) -> torch.Tensor:
+        batch = torch.stack(tuple(images))
+        batch = batch.permute(0, 2, 3, 1).contiguous() if raw else batch
+        answer = torch.from_numpy(session.run([about['output_name']], {about['input_name']: batch.numpy()})[0])
+        return answer.clamp(min=torch.finfo(answer.dtype).tiny).log() if raw else answer
+
+    names = about['label_names']
+    return Classifier(make_transform(about), run, read_names(args.class_map, len(names)) if args.class_map else names)
+
+
+def open_classifier(args: argparse.Namespace) -> Classifier:
+    """The model that `--model` and the options beside it name, see `load.load_model`, or an exported ONNX file.
+
+    Raises:
+        InputError: There is no such model, it has no weights, or they do not fit.
+    """
+    if args.model.endswith('.onnx'):
+        return open_onnx_file(args)
+    device = pick_device(args)
+    model = load_model(args).eval().to(device)
+    names = class_names(model, args.class_map)
+    about = describe(model, resolve_model_data_config(model, vars(args)), names)
+    return Classifier(
+        make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(), names)
