@@ -136,7 +136,7 @@ def test_channels_last_reaches_the_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('args', 'reason'), [
-    (('--model', 'mobileformer_1m', 'resnet18'), 'timm knows no model mobileformer_1m, and there is no such folder'),
+    (('--model', 'mobileformer_1m', 'resnet18'), 'mobileformer_1m is neither a model of timm nor a folder'),
     (('--rounds', 1), '--rounds: must be at least 2, not 1'),
     (('--img-size', 16), '--img-size: must be at least 32, not 16'),
     (('--device', 'abacus'), '--device abacus: '),

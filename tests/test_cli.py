@@ -216,7 +216,7 @@ def test_what_is_to_be_pasted_into_a_shell_can_be(tmp_path, monkeypatch, capsys)
     for name in 'a.png', 'b.png':
         Image.new('RGB', (8, 8)).save(folder / name)
     line = refused(capsys, 'tokens', folder, '--model', 'x')
-    pattern = line.partition('name the images in it, ')[2]
+    pattern = line.partition('pass the images in it: ')[2]
     found = subprocess.run(['sh', '-c', f'ls {pattern}'], capture_output=True, text=True).stdout
     assert found.splitlines() == [f'{folder}/a.png', f'{folder}/b.png']
     line = refused(capsys, 'export', 'onnx', '--model', folder)
@@ -332,25 +332,25 @@ def test_a_model_begins_with_the_weights_and_gets_a_classifier_for_other_classes
 def test_a_timm_name_comes_before_a_folder_of_that_name(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(weights[0] / 'folder', 'test_mobileformer')
-    with pytest.raises(InputError, match='which weights of test_mobileformer'):
+    with pytest.raises(InputError, match='test_mobileformer needs weights'):
         load('test_mobileformer')
     assert class_names(load('./test_mobileformer')) == ['a', 'b', 'c']
 
 
 @pytest.mark.parametrize('args, wanted', [
-    (('mobileformer_25m',), 'timm knows no model mobileformer_25m, and there is no such folder; similar: mobileformer'),
-    (('test_mobileformer',), 'which weights of test_mobileformer? --checkpoint FILE names yours, --pretrained the'),
+    (('mobileformer_25m',), 'mobileformer_25m is neither a model of timm nor a folder; similar: mobileformer'),
+    (('test_mobileformer',), 'test_mobileformer needs weights: --checkpoint FILE for your own, --pretrained for'),
     (('test_mobileformer', '--pretrained'), 'No pretrained weights exist for test_mobileformer; --checkpoint FILE'),
     (('test_mobileformer.x', '--pretrained'), 'Invalid pretrained tag (x) for test_mobileformer'),
-    (('.',), '. has no config.json, finetune did not write it'),
-    (('folder', '--checkpoint', 'plain.pth'), 'folder has weights of its own'),
+    (('.',), '. has no config.json, so finetune did not write it'),
+    (('folder', '--checkpoint', 'plain.pth'), 'folder has weights already'),
     (('broken',), 'broken: '),
-    (('test_mobileformer', '--checkpoint', 'text.pth'), 'text.pth: refused, it is no checkpoint or would run code'),
-    (('test_mobileformer', '--checkpoint', 'code.pth'), 'code.pth: refused, it is no checkpoint or would run code'),
-    (('test_mobileformer', '--checkpoint', 'half.pth'), 'half.pth: cannot be read, it is damaged or no checkpoint'),
-    (('test_mobileformer', '--checkpoint', 'half.safetensors'), 'half.safetensors: cannot be read, it is damaged'),
-    (('test_mobileformer', '--checkpoint', 'list.pth'), 'list.pth: no checkpoint, it holds no tensors by name'),
-    (('test_mobileformer', '--checkpoint', 'plain.pth', '--use-ema'), 'plain.pth: holds no averaged weights'),
+    (('test_mobileformer', '--checkpoint', 'text.pth'), 'text.pth is refused: it is not a checkpoint, or loading it'),
+    (('test_mobileformer', '--checkpoint', 'code.pth'), 'code.pth is refused: it is not a checkpoint, or loading it'),
+    (('test_mobileformer', '--checkpoint', 'half.pth'), 'half.pth cannot be read: the file is damaged'),
+    (('test_mobileformer', '--checkpoint', 'half.safetensors'), 'half.safetensors cannot be read: the file is damaged'),
+    (('test_mobileformer', '--checkpoint', 'list.pth'), 'list.pth is not a checkpoint: it has no named tensors'),
+    (('test_mobileformer', '--checkpoint', 'plain.pth', '--use-ema'), 'plain.pth has no averaged weights'),
     (('mobileformer_26m', '--checkpoint', 'plain.pth'), 'plain.pth as mobileformer_26m: The checkpoint does not fit'),
     (('test_convnext', '--checkpoint', 'plain.pth'), "plain.pth as test_convnext: there is no 'tokens'"),
     (('test_mobileformer', '--checkpoint', 'headless.pth'), 'the weights of headless.pth have no classifier'),

@@ -437,7 +437,7 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
     reasons = {
         'surplus': 'surplus: extra', 'missing': 'missing: stem.1.running_var', 'misshaped': 'tokens.weight (4, 128)',
         'nan': 'NaN or infinity in stages.1.1', 'explodes': 'answers NaN', 'classes': '7 classes', 'other': 'misshaped',
-        'list': 'no tensors by name', 'bomb': 'would run code', 'truncated': 'damaged', 'ema': 'no averaged weights',
+        'list': 'no named tensors', 'bomb': 'would execute code', 'truncated': 'damaged', 'ema': 'no averaged weights',
         'absent': 'no such file',
     }
     jobs = {

@@ -94,8 +94,8 @@ def test_classes_have_the_names_of_a_file(run, tmp_path):
 
 
 @pytest.mark.parametrize('args, problem', [
-    (['missing.jpg'], 'no such picture or folder: missing.jpg'),
-    (['photos/.hidden/none', 'photos'], 'no such picture or folder: photos/.hidden/none'),
+    (['missing.jpg'], 'no such image or folder: missing.jpg'),
+    (['photos/.hidden/none', 'photos'], 'no such image or folder: photos/.hidden/none'),
     (['photos', '--topk', '5'], '--topk 5: test_mobileformer has 4 classes'),
     (['photos', '--topk', '0'], '--topk: must be at least 1, not 0; see timm-mobileformer predict --help'),
     (['photos/rotated.jpg', '--output', 'photos/rotated.jpg'], '--output would overwrite photos/rotated.jpg'),

@@ -162,7 +162,7 @@ def test_weights_go_into_the_cache_of_the_hub_and_only_when_asked_for(drive, tmp
     ('short', 'it is damaged or no checkpoint'),
     ('drop', ''),
     ('another', 'The checkpoint does not fit'),
-    ('code', 'refused, it is no checkpoint or would run code'),
+    ('code', 'is refused: it is not a checkpoint, or loading it would execute code'),
     ('offline', ''),
 ])
 def test_what_is_no_file_of_weights_is_not_kept_and_a_line_says_how_to_go_on(

@@ -1,4 +1,4 @@
-"""Draw what the tokens of a Mobile-Former attend to in images."""
+"""Draw the attention of the tokens of a Mobile-Former over images."""
 import argparse
 import warnings
 from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
@@ -23,10 +23,10 @@ __all__ = ['draw', 'run']
 
 
 def shorten(text: Any, inches: float) -> None:
-    """Leave out the end of a text of matplotlib that is too wide."""
-    name = text.get_text().encode(errors='replace').decode()  # of a file whose name is not in UTF-8
+    """Truncate a matplotlib text to a width."""
+    name = text.get_text().encode(errors='replace').decode()  # file names may not be valid UTF-8
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph')  # of letters that the font lacks, for which boxes are drawn
+        warnings.filterwarnings('ignore', 'Glyph')  # matplotlib draws boxes for glyphs that the font lacks
         for length in range(len(name), 0, -1):
             text.set_text(name if length == len(name) else name[:length] + '…')
             if text.get_window_extent().width <= inches * text.figure.dpi:
@@ -39,16 +39,16 @@ def draw(
         top: Sequence[Tuple[str, float]],
         title: str,
 ) -> 'Figure':
-    """Draw an image, its most likely classes, and over it the attention of tokens x blocks, in both directions.
+    """Draw an image, its most likely classes, and the attention of every token in every block, in both directions.
 
-    Attention is averaged over the heads and shown as a multiple of an even spread, over the positions for
-    Mobile->Former and over the tokens for Mobile<-Former, so that maps of all sizes share one colour scale.
+    Attention is averaged over the heads and drawn relative to uniform attention, over the positions for Mobile->Former
+    and over the tokens for Mobile<-Former, so that maps of all sizes share one colour scale.
 
     Args:
-        image: The image that the model saw (3, H, W), values 0 ... 1.
-        maps: What `attention_maps` returned for this image alone, without gradients.
+        image: Input image of the model (3, H, W), values from 0 to 1.
+        maps: Output of `attention_maps` for this image only, without gradients.
         top: The most likely classes and their probabilities.
-        title: Line over the image.
+        title: Title of the image.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -79,9 +79,9 @@ def draw(
     colours, opacity = colormaps['RdBu_r'], 0.75
     gray = image.mean(0)[..., None].numpy()
     for top_y, heading, unit, limit, extend, directed in (
-            (0., 'Mobile→Former: where each token gathers from', 'times an even spread', 8, 'both',
+            (0., 'Mobile→Former: positions that each token gathers from', 'relative to uniform', 8, 'both',
              [m.mobile_to_former for m in maps]),
-            (panel, 'Mobile←Former: where each token gives to', 'times an equal share', num_tokens, 'min',
+            (panel, 'Mobile←Former: positions that read from each token', 'relative to uniform', num_tokens, 'min',
              [m.former_to_mobile for m in maps]),
     ):
         norm = LogNorm(1 / limit, limit, clip=True)
@@ -113,7 +113,7 @@ def draw(
 
 
 def arrays(maps: Sequence[BridgeAttention]) -> Dict[str, Any]:
-    """Attention of one image by block and direction, each (heads, tokens, H, W); see `BridgeAttention`."""
+    """Return the attention of one image by block and direction, each (heads, tokens, H, W), see `BridgeAttention`."""
     return {f'{m.name}.{direction}': getattr(m, direction)[0].numpy()
             for m in maps for direction in ('mobile_to_former', 'former_to_mobile')
             if getattr(m, direction) is not None}

@@ -1,4 +1,4 @@
-"""What the user sees."""
+"""Console output: progress bars, errors, formatting."""
 import os
 import shlex
 import sys
@@ -15,41 +15,41 @@ __all__ = ['InputError', 'close_bars', 'missing', 'progress', 'quiet_unless_it_f
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the text says what was wrong and what would be right."""
+    """An input cannot be used; the message says what is wrong and what would be right."""
 
 
 def reason(error: BaseException, limit: int = 600) -> str:
-    """What an error says, in a line; those of other libraries may fill a page."""
+    """Return the message of an error in one line, shortened to `limit` characters."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f'{error.filename}: {error.strerror}'
     if isinstance(error, KeyError):
         text = f'there is no {text}'
     if isinstance(error, InputError):
-        return text.replace('\n', ' ')  # with all spaces of what can be pasted
+        return text.replace('\n', ' ')  # keeps the spaces of commands that can be pasted
     text = ' '.join(text.split()) or type(error).__name__
     return text if len(text) <= limit else f'{text[:limit]} …'
 
 
 def abbreviate(names: Iterable[Any], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """Join the first `limit` names, and say how many more there are."""
     names = sorted(str(n) for n in names) if isinstance(names, Set) else [str(n) for n in names]
     return ', '.join(names[:limit]) + (f' and {len(names) - limit:,} more' if len(names) > limit else '')
 
 
 def quote(text: Any) -> str:
-    """`text` as it can be pasted into a shell."""
+    """Quote a text for the shell."""
     return shlex.quote(str(text))
 
 
 def missing(extra: str, *modules: str) -> str:
-    """Which modules are not installed and which extra of this package brings them; '' if all are there."""
+    """Return which modules are not installed and which extra installs them, '' if none is missing."""
     absent = [name for name in modules if not find_spec(name)]
     return f"needs {', '.join(absent)}: pip install 'timm_mobileformer[{extra}]'" if absent else ''
 
 
 class progress(tqdm):
-    """tqdm, silent without a terminal, and gone when it is done."""
+    """A tqdm progress bar that is hidden without a terminal and removed when done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{'leave': False, 'disable': None, **kwargs})
@@ -57,7 +57,7 @@ class progress(tqdm):
 
 @contextmanager
 def quiet_unless_it_fails() -> Iterator[None]:
-    """Keep back what libraries write to standard error, by Python or not; it is shown if they fail."""
+    """Hide what libraries write to standard error, unless an exception is raised."""
     with tempfile.TemporaryFile() as kept:
         sys.stderr.flush()
         shown = os.dup(2)
@@ -75,6 +75,6 @@ def quiet_unless_it_fails() -> Iterator[None]:
 
 
 def close_bars() -> None:
-    """Take away the bars that are left where an error passed by, those of other libraries too."""
+    """Remove progress bars that are left after an error, including those of other libraries."""
     for bar in list(tqdm._instances):
         bar.close()

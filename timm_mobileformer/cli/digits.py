@@ -1,4 +1,4 @@
-"""Real data that needs no download: the 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn."""
+"""The default data set: the 1,797 handwritten digits of 8x8 pixels that are part of scikit-learn."""
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ __all__ = ['folder_or_digits', 'write_digits']
 
 
 def write_digits(root: Path) -> None:
-    """Write the digits as class folders, `train/0` ... `validation/9`, a fifth of every class held out.
+    """Write the digits as class folders, `train/0` ... `validation/9`, with a fifth of every class for validation.
 
     Args:
-        root: Folder to create; what is in it already stays.
+        root: Folder to write to, created if it does not exist.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -38,7 +38,7 @@ def write_digits(root: Path) -> None:
 
 @contextmanager
 def folder_or_digits(folder: Optional[Path]) -> Iterator[Path]:
-    """The folder of a command's data; if none was named, one with the digits that is gone afterwards.
+    """Return the data folder of a command, or if it is None, a temporary folder with the digits.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""A model, its weights and its classes, by the names that every subcommand takes."""
+"""Loading models, weights and class names as the options of the subcommands name them."""
 import argparse
 import difflib
 import pickle
@@ -33,7 +33,7 @@ HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
-    """The device that `--device` names, else the accelerator that PyTorch finds, else the CPU."""
+    """Return the device of `--device`, by default the accelerator that PyTorch finds, else the CPU."""
     found: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'
     try:
         device = torch.device(args.device or found)
@@ -44,14 +44,17 @@ def pick_device(args: argparse.Namespace) -> torch.device:
 
 
 def read_checkpoint(path: Path, use_ema: bool = False) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """The tensors of a checkpoint by name, and the options of the training if it holds them; nothing in it is executed.
+    """Read a checkpoint as data; no code in it is executed.
 
     Args:
-        path: Of train.py, of finetune, of the authors, a state dict, or safetensors.
-        use_ema: Take the averaged weights.
+        path: Checkpoint of train.py, of finetune or of the authors, state dict, or safetensors file.
+        use_ema: Return the averaged weights.
+
+    Returns:
+        The tensors by name, and the training options if the checkpoint has them.
 
     Raises:
-        InputError: It is no checkpoint, or a damaged one.
+        InputError: The file is damaged or not a checkpoint.
     """
     content: Any
     try:
@@ -61,26 +64,26 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> Tuple[Dict[str, torch.
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        raise InputError(f'{path}: refused, it is no checkpoint or would run code when it is read') from e
-    except Exception as e:  # whatever a reader says to bytes from somewhere
-        raise InputError(f'{path}: cannot be read, it is damaged or no checkpoint ({reason(e, 200)})') from e
+        raise InputError(f'{path} is refused: it is not a checkpoint, or loading it would execute code') from e
+    except Exception as e:  # readers raise many types of errors for damaged files
+        raise InputError(f'{path} cannot be read: the file is damaged or not a checkpoint ({reason(e, 200)})') from e
     content = content if isinstance(content, dict) else {}
     wrapped = [key for key in (('state_dict_ema', 'model_ema') if use_ema else ('state_dict', 'model'))
                if isinstance(content.get(key), dict)]
     if use_ema and not wrapped:
-        raise InputError(f'{path}: holds no averaged weights, leave out --use-ema')
+        raise InputError(f'{path} has no averaged weights; omit --use-ema')
     tensors = content[wrapped[0]] if wrapped else content
     if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f'{path}: no checkpoint, it holds no tensors by name')
+        raise InputError(f'{path} is not a checkpoint: it has no named tensors')
     options = content.get('args') if wrapped else None
     return tensors, options if isinstance(options, dict) else vars(options) if options else {}
 
 
 def find_model(name: str) -> str:
-    """What timm calls the model that `--model` names.
+    """Return the name by which timm creates the model of `--model`.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such model.
     """
     if name.startswith(HAVE_WEIGHTS) or timm.is_model(name):  # the latter before a folder of the name, or ./NAME
         return name
@@ -88,15 +91,15 @@ def find_model(name: str) -> str:
     if (folder / 'config.json').is_file():
         return f'local-dir:{name}'
     if folder.is_dir():
-        raise InputError(f'{name} has no config.json, finetune did not write it; the weights in a folder of train.py '
-                         f'are named by --model ARCHITECTURE --checkpoint {quote(folder / "model_best.pth.tar")}')
+        raise InputError(f'{name} has no config.json, so finetune did not write it; for a folder of train.py, use '
+                         f'--model ARCHITECTURE --checkpoint {quote(folder / "model_best.pth.tar")}')
     similar = difflib.get_close_matches(name, timm.list_models())
-    hint = f'similar: {", ".join(similar)}' if similar else 'name one of timm, a folder of finetune, or hf-hub:…'
-    raise InputError(f'timm knows no model {name}, and there is no such folder; {hint}')
+    hint = f'similar: {", ".join(similar)}' if similar else 'use a model of timm, a folder of finetune, or hf-hub:…'
+    raise InputError(f'{name} is neither a model of timm nor a folder; {hint}')
 
 
 def known_config(name: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """What timm knows before a model is there: the config of its weights, and the arguments that it was saved with."""
+    """Return the pretrained config of a model and the arguments that it was saved with, without creating it."""
     source, location = parse_model_name(name)
     if not source:
         return resolve_pretrained_cfg(name).to_dict(), {}
@@ -106,15 +109,15 @@ def known_config(name: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
 
 
 def model_args(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments that a model was saved with, and the size of images if it is built for one."""
+    """Return the arguments that a model was saved with, and its `img_size` if it is built for a fixed size."""
     cfg, kwargs = known_config(name)
     size = tuple(options['input_size'][1:]) if options.get('input_size') else options.get('img_size')
     return {**kwargs, 'img_size': size} if size and (cfg.get('fixed_input_size') or 'img_size' in kwargs) else kwargs
 
 
 def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
-    """How many classes some weights tell apart; 0 if they have no classifier."""
-    if is_model_in_modules(name, ['mobileformer']):  # the authors call it otherwise
+    """Return the number of classes of a state dict, 0 if it has no classifier."""
+    if is_model_in_modules(name, ['mobileformer']):  # the authors use another name
         tensors = checkpoint_filter_fn(tensors, timm.create_model(name, num_classes=0, device='meta'))
     cfg: Any = timm.models.get_pretrained_cfg(name)
     classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or [''])[0]
@@ -122,7 +125,7 @@ def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
 
 
 def set_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
-    """Let a model's `pretrained_cfg` say how its images are preprocessed, as the options do; returns what it says."""
+    """Store the preprocessing that the options describe in a model's `pretrained_cfg`, and return it."""
     cfg, data_config = model.pretrained_cfg, resolve_model_data_config(model, options)
     if data_config['input_size'] != tuple(cfg['input_size']):
         cfg['pool_size'] = None
@@ -131,7 +134,7 @@ def set_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]) -> str:
-    """Why there is no model, and what to do, in terms of the command."""
+    """Return why a model could not be created and what to do, in terms of the command line."""
     if file:
         return f'{file} as {args.model}: {reason(error)}'
     if args.model.startswith('hf-hub:'):
@@ -146,29 +149,29 @@ def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]
 
 
 def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weights: bool = True, **kwargs: Any) -> Any:
-    """The model that `--model`, `--checkpoint`, `--pretrained`, `--use-ema` and `--img-size` name.
+    """Create the model of `--model`, `--checkpoint`, `--pretrained`, `--use-ema` and `--img-size`.
 
-    Its `pretrained_cfg` says how its images are preprocessed, as timm's do: as in training, where that is known.
+    Its `pretrained_cfg` describes the preprocessing of its images: that of its training if known, else timm's.
 
     Args:
         args: The options.
-        num_classes: Give the model as many, and let it begin at random where no weights are named; by default, it has
-            those of its weights, which must be named.
-        weights: Load the weights; without, the model is as it begins.
+        num_classes: Number of classes; a model without weights is then initialised at random. By default, the number
+            of classes of the weights, which are required then.
+        weights: Load the weights.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
         InputError: There is no such model, it has no weights, or they do not fit.
     """
     if args.use_ema and not args.checkpoint:
-        raise InputError('--use-ema is for a file with averaged weights, --checkpoint FILE')
+        raise InputError('--use-ema needs a checkpoint with averaged weights: --checkpoint FILE')
     name, file = find_model(args.model), args.checkpoint if weights else None
     has_own = name.startswith(HAVE_WEIGHTS)
     if file and has_own:
-        raise InputError(f'{args.model} has weights of its own; --checkpoint is for a model that is named as timm does')
+        raise InputError(f'{args.model} has weights already; --checkpoint needs a model name of timm')
     loads = weights and bool(file or has_own or args.pretrained)
     if num_classes is None and not loads:
-        raise InputError(f'which weights of {args.model}? --checkpoint FILE names yours, --pretrained the published')
+        raise InputError(f'{args.model} needs weights: --checkpoint FILE for your own, --pretrained for published ones')
     tensors, trained = read_checkpoint(file, args.use_ema) if file else ({}, {})
     if args.img_size:
         trained = {**trained, 'input_size': None, 'img_size': args.img_size}
@@ -181,7 +184,7 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
             kwargs['num_classes'] = num_classes
         model: Any = timm.create_model(
             name, pretrained=loads, pretrained_cfg_overlay=overlay, **{**model_args(name, trained), **kwargs})
-    except Exception as e:  # files, networks and models fail in ways of their own
+    except Exception as e:  # files, downloads and models raise many types of errors
         raise InputError(what_failed(args, e, file)) from e
     model.pretrained_cfg.pop('state_dict', None)
     if trained:
@@ -189,32 +192,32 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     if (channels := model.pretrained_cfg['input_size'][0]) != 3:
-        raise InputError(f'{args.model} takes images of {channels} channels, pictures are read in 3, RGB')
+        raise InputError(f'{args.model} takes images of {channels} channels, but images are read as RGB, 3 channels')
     if model.num_classes == 0:
         raise InputError(f'the weights of {file or args.model} have no classifier')
     return model
 
 
 def load_mobileformer(args: argparse.Namespace) -> Any:
-    """A Mobile-Former with its weights, see `load_model`.
+    """Create a Mobile-Former with its weights, see `load_model`.
 
     Raises:
-        InputError: It is none, too.
+        InputError: As `load_model`, or the model is not a Mobile-Former.
     """
     name, known = find_model(args.model), timm.list_models(module='mobileformer')
     if not name.startswith(HAVE_WEIGHTS) and get_arch_name(name) not in known:
-        raise InputError(f'{name} is no Mobile-Former; these are: {", ".join(known)}')
+        raise InputError(f'{name} is not a Mobile-Former; choose from {", ".join(known)}')
     model = load_model(args)
     if not isinstance(model, MobileFormer):
-        raise InputError(f'{args.model} holds a {type(model).__name__}, no Mobile-Former')
+        raise InputError(f'{args.model} is a {type(model).__name__}, not a Mobile-Former')
     return model
 
 
 def read_names(file: Path, num_classes: int) -> List[str]:
-    """The names of classes, one a line.
+    """Read class names, one per line.
 
     Raises:
-        InputError: These are not as many.
+        InputError: The number of names differs from `num_classes`.
     """
     try:
         names = [line.strip() for line in file.read_text('utf-8-sig').splitlines() if line.strip()]
@@ -226,10 +229,10 @@ def read_names(file: Path, num_classes: int) -> List[str]:
 
 
 def class_names(model: Any, file: Optional[Path] = None) -> List[str]:
-    """The names of a model's classes by index: a file's, else its own or ImageNet's, else numbers.
+    """Return the class names of a model by index: from a file, else from its config or ImageNet, else numbers.
 
     Raises:
-        InputError: The file names another number of classes.
+        InputError: The number of names in the file differs from the model's number of classes.
     """
     n, cfg = model.num_classes, model.pretrained_cfg
     subset = infer_imagenet_subset(model)

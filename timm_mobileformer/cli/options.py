@@ -70,12 +70,12 @@ def existing_folder(text: str) -> Path:
 
 def data_options(group: Any, default: str) -> None:
     group.add_argument('--data-dir', metavar='DIR', type=existing_folder,
-                       help='folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or with '
-                            f'train/CLASS/… or CLASS/… alone (default: {default})')
+                       help='folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or only '
+                            f'train/CLASS/… or CLASS/… (default: {default})')
     group.add_argument('--labels', metavar='CSV', type=existing_file,
-                       help='table of files in DIR and their labels, instead of class folders')
+                       help='table of files in DIR and their labels, if there are no class folders')
     group.add_argument('--val-split', metavar='P', type=fraction(0.01, 0.99),
-                       help='part of every class to hold out where no folder is for that (default: 0.2)')
+                       help='fraction of every class for validation if there is no validation folder (default: 0.2)')
 
 
 def model_options(
@@ -86,19 +86,21 @@ def model_options(
         size_note: str = '',
 ) -> None:
     group.add_argument('-m', '--model', metavar='NAME', default=default, required=required,
-                       help=f'name in timm, folder that finetune wrote, or hf-hub:…{note}')
+                       help=f'model name of timm, folder written by finetune, or hf-hub:…{note}')
     weights = group.add_mutually_exclusive_group()
     weights.add_argument('--pretrained', action='store_true', default=None,
-                         help='take the published weights of a model that is named as timm does')
+                         help='load the published weights of a model of timm')
     weights.add_argument('--checkpoint', metavar='FILE', type=existing_file,
-                         help="take its weights from a file: of train.py, the authors', a state dict, safetensors")
-    group.add_argument('--use-ema', action='store_true', default=None, help='take the averaged weights in the file')
-    img_size_option(group, f"that of the weights' training, else the model's{size_note}")
+                         help="load the weights from a file: checkpoint of train.py or of the authors, state dict, "
+                              'or safetensors')
+    group.add_argument('--use-ema', action='store_true', default=None,
+                       help='load the averaged weights of the checkpoint')
+    img_size_option(group, f'that of training, else that of the model{size_note}')
 
 
 def class_map_option(group: Any) -> None:
     group.add_argument('--class-map', metavar='FILE', type=existing_file,
-                       help='names of the classes, one a line (default: those that come with the weights)')
+                       help='class names, one per line (default: those of the weights)')
 
 
 def img_size_option(group: Any, default: str) -> None:
@@ -108,33 +110,33 @@ def img_size_option(group: Any, default: str) -> None:
 
 def batch_size_option(group: Any, default: Optional[int], shown: int) -> None:
     group.add_argument('-b', '--batch-size', type=at_least(1), metavar='N', default=default,
-                       help=f'images at a time (default: {shown})')
+                       help=f'images per batch (default: {shown})')
 
 
 def workers_option(group: Any, default: Optional[int] = 2) -> None:
     group.add_argument('-j', '--workers', type=at_least(0), metavar='N', default=default,
-                       help='processes that read images (default: 2)')
+                       help='worker processes that read images (default: 2)')
 
 
 def threads_option(group: Any, default: Optional[int] = 1, shown: str = '1') -> None:
     group.add_argument('--threads', type=at_least(1), metavar='N', default=default,
-                       help=f'of the CPU that a model runs on (default: {shown})')
+                       help=f'CPU threads of the model (default: {shown})')
 
 
 def device_option(group: Any, default: Optional[str] = None) -> None:
     shown = default or 'the accelerator that PyTorch finds, else cpu'
-    group.add_argument('--device', default=default, help=f'to run models on (default: {shown})')
+    group.add_argument('--device', default=default, help=f'device to run on (default: {shown})')
 
 
 def check_output(path: Path, images: Sequence[Path]) -> None:
-    """Refuse to write over a folder, a device, or a picture that is read."""
+    """Raise an `InputError` if a file to write is a folder, a device, or one of the input images."""
     if path.exists() and not path.is_file() or path.resolve() in [image.resolve() for image in images]:
         raise InputError(f'--output would overwrite {path}')
 
 
 def check_exist(paths: Optional[Sequence[Path]]) -> None:
     if lacking := [path for path in paths or () if not path.exists()]:
-        raise InputError(f'no such picture or folder: {abbreviate(lacking)}')
+        raise InputError(f'no such image or folder: {abbreviate(lacking)}')
 
 
 # The command line
@@ -166,7 +168,9 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     Raises:
         InputError: The command line is wrong, as far as that can be told without importing torch.
     """
-    parser = Parser(prog='timm-mobileformer', description='Mobile-Former for timm, from pictures to devices.')
+    parser = Parser(
+        prog='timm-mobileformer',
+        description='Train, evaluate, export and publish Mobile-Former and other timm models.')
     subparsers = parser.add_subparsers(dest='subcommand', required=True, metavar='SUBCOMMAND')
     modules = {name: import_module(f'.{name}', __package__) for name in SUBCOMMANDS}
     for name, module in modules.items():

@@ -6,24 +6,28 @@ from .console import InputError, abbreviate, missing, quote
 from .options import check_exist, check_output, class_map_option, model_options
 
 PICTURES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # that matplotlib writes
-HELP = 'draw what the tokens attend to'
+HELP = 'draw the attention of the tokens'
 WORK = 'attention_figure'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Draw what the tokens of a Mobile-Former attend to in images, block by block, in both directions, and print\n'
-        'the five most likely classes.')
+        'Draw the attention of the tokens of a Mobile-Former over images, for every block and both directions, and\n'
+        'print the five most likely classes.')
     parser.add_argument('images', metavar='IMAGE', type=Path, nargs='+')
     model_options(parser, required=True)
     class_map_option(parser)
     parser.add_argument('--output', type=Path, default=Path('tokens.png'), metavar='FILE',
-                        help='picture to write; of several images, numbered and named after each (default: tokens.png)')
+                        help='figure to write; several images get one each, numbered and named (default: tokens.png)')
     parser.add_argument('--npz', action='store_true',
-                        help='write the attention maps of every block as arrays too, beside the picture, as .npz')
+                        help='also write the attention maps of every block as arrays, to an .npz file')
 
 
 def resolve_options(args: argparse.Namespace) -> None:
-    """Refuse what cannot be drawn, and make `output` a list, a file for each image."""
+    """Turn `output` into a list with one file per image.
+
+    Raises:
+        InputError: An image does not exist or an output cannot be written.
+    """
     if lack := missing('demo', 'matplotlib'):
         raise InputError(f'tokens {lack}')
     out = args.output
@@ -35,7 +39,7 @@ def resolve_options(args: argparse.Namespace) -> None:
         args.output = [out.with_stem(f'{out.stem}-{i:0{digits}}-{p.stem}') for i, p in enumerate(args.images, 1)]
     for path in args.images:
         if path.is_dir():
-            raise InputError(f'{path} is a folder; name the images in it, {quote(path)}/*')
+            raise InputError(f'{path} is a folder; pass the images in it: {quote(path)}/*')
     check_exist(args.images)
     for path in args.output:
         check_output(path, args.images)
