@@ -220,7 +220,7 @@ def test_what_is_to_be_pasted_into_a_shell_can_be(tmp_path, monkeypatch, capsys)
     found = subprocess.run(['sh', '-c', f'ls {pattern}'], capture_output=True, text=True).stdout
     assert found.splitlines() == [f'{folder}/a.png', f'{folder}/b.png']
     line = refused(capsys, 'export', 'onnx', '--model', folder)
-    assert shlex.split(line.partition('are named by ')[2])[-1] == f'{folder}/model_best.pth.tar'
+    assert shlex.split(line.partition('for a folder of train.py, use ')[2])[-1] == f'{folder}/model_best.pth.tar'
 
 
 # Files
