@@ -1,6 +1,7 @@
 """Pictures are read as a viewer shows them, and folders as people have them."""
 import io
 import os
+import random
 import re
 import struct
 import zlib
@@ -8,9 +9,10 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from timm.utils.misc import natural_key
 
 from timm_mobileformer.cli.console import InputError
-from timm_mobileformer.cli.data import open_data
+from timm_mobileformer.cli.data import natural_order, open_data
 from timm_mobileformer.cli.images import check_images, read_image
 
 y, x = np.mgrid[:24, :32]
@@ -200,7 +202,7 @@ def beside(root, name):
     (lambda root: [beside(root, f'train/{name}') for name in ('a/5.heic', 'b/6.HEIC', 'a/x.txt', 'a/README')],
      'passed over: 2 .heic, 1 without a type, 1 .txt'),
     (lambda root: draw(root, 'val/5.png'), 'outside of class folders, and passed over: {root}/val/5.png'),
-    (lambda root: (root / 'train' / 'c').mkdir(), 'without pictures, and no class: {root}/train/c'),
+    (lambda root: (root / 'train' / 'c').mkdir(), 'without images, and no class: {root}/train/c'),
     (lambda root: draw(root, 'extra/a/5.png'), 'left alone in {root}: extra'),
     (lambda root: (root / 'test').mkdir(), 'left alone in {root}: test'),
     (lambda root: draw(root, 'test/a/5.png', 'test/c/5.png'), 'only in the test set, and left out: c'),
@@ -231,19 +233,103 @@ def test_a_test_set_beside_the_others_is_apart_from_them_and_alone_it_is_what_is
 
 
 @pytest.mark.parametrize('names, wanted', [
-    ((), 'has no folders with pictures'),
-    (('1.png', '2.png'), 'no folders with pictures; name the classes of those beside each other in a CSV, --labels'),
+    ((), 'has no folders with images'),
+    (('1.png', '2.png'), 'no folders with images; where images lie side by side, name their classes in a table'),
     (('train/1.png', 'test/2.png'), 'no folder train with a folder for every class'),
     (('val/a/1.png', 'test/a/2.png'), 'no folder train with a folder for every class'),
     (('cat/1.png', 'cat/2.png'), 'one class only (cat)'),
     (('pets/train/cat/1.png', 'pets/train/dog/2.png'), 'one class only (pets); at least two are needed; are they in'),
-    (('train/a/1.png', 'train/b/2.png', 'test/unknown/3.png'), 'share no class'),
+    (('train/a/1.png', 'train/b/2.png', 'test/unknown/3.png'), 'share no class (a, b; unknown)'),
     (('a/1.png', 'b/2.png'), 'one picture of every class'),
 ])
 def test_a_folder_that_cannot_be_learnt_is_refused(tmp_path, names, wanted):
     draw(tmp_path, *names)
     with pytest.raises(InputError, match=re.escape(wanted)):
         open_data(tmp_path)
+
+
+@pytest.mark.parametrize('names, wanted', [
+    (('fold1/cat/1.png', 'fold1/dog/2.png', 'fold2/cat/3.png', 'fold2/dog/4.png', 'fold2/5.png'),
+     "fold1, fold2 (--label-pattern '^([^/]+)/'), or cat, dog (--label-pattern '^[^/]+/([^/]+)/')?"),
+    (('train/2023/cat/1.png', 'train/2023/dog/2.png', 'train/2024/cat/3.png', 'train/2024/dog/4.png',
+      'train/2024/cow/5.png', 'val/2023/cat/6.png'), 'or cat, dog ('),
+    (('seg_train/seg_train/a/1.png', 'seg_train/seg_train/b/2.png', 'seg_test/seg_test/a/3.png',
+      'seg_test/seg_test/b/4.png', 'seg_pred/5.png'), "or a, b (--label-pattern '^[^/]+/[^/]+/([^/]+)/')"),
+    (('cat/train/1.png', 'cat/test/2.png', 'dog/train/3.png', 'dog/test/4.png'),
+     "with test, train as splits (--label-pattern '^(?P<label>[^/]+)/(?P<split>[^/]+)/')"),
+    (('train2017/1.png', 'val2017/2.png', 'annotations/x.json'), 'train2017, val2017, which look like splits'),
+    (('images/train/1.png', 'images/val/2.png', 'labels/train/1.txt'), 'data sets for the detection of objects'),
+    (('train/images/1.png', 'valid/images/2.png', 'train/labels/1.txt', 'valid/labels/2.txt'), 'detection of objects'),
+    (('Abyssinian_1.png', 'Abyssinian_22.png', 'great_pyrenees_3.png'), "--label-pattern '([^/]+)_[0-9]+'"),
+    (('pets.zip',), 'no folders with images, only 1 .zip; unpack the archive first'),
+])
+def test_a_layout_with_two_readings_is_refused_and_the_way_on_is_said(tmp_path, names, wanted):
+    for name in names:
+        draw(tmp_path, name) if name.endswith('.png') else beside(tmp_path, name)
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize('names, classes, remark', [
+    (('cat/images/1.png', 'cat/images/2.png', 'dog/images/3.png', 'dog/images/4.png'), ['cat', 'dog'], None),
+    (('cat/tabby/1.png', 'cat/siam/2.png', 'dog/collie/3.png', 'dog/poodle/4.png'), ['cat', 'dog'], None),
+    (('cat/1.png', 'cat/2.png', 'cat/blurred/3.png', 'dog/4.png', 'dog/5.png', 'dog/blurred/6.png'),
+     ['cat', 'dog'], None),
+    (('cat/1.png', 'cat/2.png', 'dog/3.png', 'dog/4.png', '__MACOSX/cat/5.png', 'dog/@eaDir/6.png'),
+     ['cat', 'dog'], None),
+    (('Cat/1.png', 'Cat/2.png', 'cat/3.png', 'cat/4.png'), ['Cat', 'cat'],
+     "different classes whose names are nearly the same: 'Cat' and 'cat'"),
+    (('caf\u00e9/1.png', 'caf\u00e9/2.png', 'cafe\u0301/3.png', 'cafe\u0301/4.png'), ['cafe\u0301', 'caf\u00e9'],
+     "different classes whose names are nearly the same: 'cafe\u0301' and 'caf\u00e9'"),
+])
+def test_folders_inside_of_classes_do_not_count(tmp_path, names, classes, remark):
+    data = open_data(draw(tmp_path, *names))
+    assert data.classes == classes and data.remarks[1:] == ([remark] if remark else [])
+    assert not any(part in path for part in ('__MACOSX', '@eaDir') for path, _ in data.train.samples)
+
+
+def test_classes_have_one_order_whatever_the_names(tmp_path):
+    names = ['Zebra', 'cat', 'Cat', 'CAT', 'dog', '1', '01', '001', '10', '9', 'x1', 'x1\u00b2', 'x01', 'x\u0661',
+             'x-1', 'caf\u00e9', 'cafe\u0301', '\u2460', 'a' + 200 * '9', 'a' + 199 * '9']
+    draw(tmp_path, *(f'{name}/{i}.png' for name in names for i in range(2)))
+    classes = open_data(tmp_path).classes
+    for seed in range(9):
+        random.Random(seed).shuffle(names)
+        assert classes == sorted(names, key=natural_order)
+    assert classes[:5] == ['001', '01', '1', '9', '10']
+    plain = [name for name in names if name.isascii() and name.lower() not in ('cat', '1', '01', '001', 'x1', 'x01')]
+    assert [name for name in classes if name in plain] == sorted(plain, key=natural_key)  # as timm's readers have it
+
+
+@pytest.mark.parametrize('names, pattern, train, val', [
+    (('Abyssinian_1.png', 'Abyssinian_22.png', 'great_pyrenees_3.png', 'great_pyrenees_4.png'), '([^/]+)_[0-9]+',
+     {'Abyssinian', 'great_pyrenees'}, None),
+    (('fold1/cat/1.png', 'fold1/dog/2.png', 'fold2/cat/3.png', 'fold2/dog/4.png'), '^([^/]+)/', {'fold1', 'fold2'},
+     None),
+    (('fold1/cat/1.png', 'fold1/dog/2.png', 'fold2/cat/3.png', 'fold2/dog/4.png'), '^[^/]+/([^/]+)/', {'cat', 'dog'},
+     None),
+    (('train/cat_1.png', 'train/dog_2.png', 'val/cat_3.png', 'val/dog_4.png', 'test/cat_5.png'), '(cat|dog)_',
+     {'1.png', '2.png'}, {'3.png', '4.png'}),
+    (('cat/train/1.png', 'dog/train/2.png', 'cat/test/3.png', 'dog/test/4.png'),
+     '^(?P<label>[^/]+)/(?P<split>[^/]+)/', {'1.png', '2.png'}, {'3.png', '4.png'}),
+])
+def test_a_pattern_takes_labels_from_paths(tmp_path, names, pattern, train, val):
+    data = open_data(draw(tmp_path, *names), label_pattern=pattern)
+    if val is None:
+        assert set(data.classes) == train and len(data.train) == len(data.held_out) == 2
+    else:
+        assert [{re.split('[/_]', path)[-1] for path, _ in side.samples} for side in (data.train, data.held_out)] == [
+            train, val]
+
+
+@pytest.mark.parametrize('pattern, wanted', [
+    ('(cat|dog)_', '2 of 6 images do not match the pattern'),
+    ('^(?P<label>[a-z]+)_(?P<split>[0-9])', "'1' is no split"),
+])
+def test_a_pattern_that_does_not_fit_is_refused(tmp_path, pattern, wanted):
+    draw(tmp_path, *(f'{name}_{i}.png' for name in ('cat', 'dog', 'cow') for i in (1, 2)))
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        open_data(tmp_path, label_pattern=pattern)
 
 
 def test_classes_may_be_called_like_splits(tmp_path):

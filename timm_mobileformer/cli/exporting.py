@@ -20,6 +20,7 @@ from .formats import FORMATS, Raw, Run
 from .images import Pictures, check_images
 from .load import class_names, load_model
 from .metadata import describe, write_metadata
+from .options import data_arguments
 from .training import fingerprint, read_state
 
 __all__ = ['run']
@@ -54,7 +55,7 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
             device=torch.device('cpu'), **data_config)
 
     if root:
-        data = open_data(root, args.labels, args.val_split)
+        data = open_data(root, **data_arguments(args))
         for remark in data.remarks:
             print(remark)
         check_classes(args, model, data.classes)
@@ -217,7 +218,8 @@ def take_data_of_training(args: argparse.Namespace) -> bool:
     if gone := [path for path in paths if not path.exists()]:
         print(f'{args.model} was trained on {abbreviate(gone)}, which is not there; --data-dir names another folder')
         return False
-    args.data_dir, args.labels = trained['data_dir'], trained['labels']
+    for key in ('data_dir', 'labels', 'label_pattern'):
+        setattr(args, key, trained.get(key))
     print(f'checked on the pictures that were held out in training, of {abbreviate(paths) or "the digits"}')
     return not paths
 

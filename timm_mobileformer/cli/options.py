@@ -1,23 +1,25 @@
 """Command-line options and their validation; does not import torch."""
 import argparse
 import math
+import re
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
 
 from timm_mobileformer import versions
 
 from .console import InputError, abbreviate
 
 __all__ = [
-    'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_output', 'class_map_option', 'data_options',
-    'device_option', 'existing_file', 'existing_folder', 'fraction', 'img_size_option', 'model_options', 'option',
-    'parse', 'threads_option', 'workers_option']
+    'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_output', 'class_map_option', 'data_arguments',
+    'data_options', 'device_option', 'existing_file', 'existing_folder', 'fraction', 'img_size_option',
+    'model_options', 'option', 'parse', 'threads_option', 'workers_option']
 
 SUBCOMMANDS = (
     'models', 'finetune', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')
+ARCHIVES = ('.7z', '.gz', '.rar', '.tar', '.tgz', '.zip')
 
 
 # Values, as `type=` of argparse takes them. Each call with the same limits returns the same function, so that an option
@@ -61,9 +63,22 @@ def existing_file(text: str) -> Path:
 def existing_folder(text: str) -> Path:
     """Type of an option that names a folder to read."""
     path = Path(text)
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        raise argparse.ArgumentTypeError(f'{text} is an archive; unpack it, and name the folder')
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f'no such folder: {text}')
     return path
+
+
+def pattern(text: str) -> str:
+    """Type of an option that is a regular expression with a group."""
+    try:
+        groups = re.compile(text).groups
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f'not a regular expression: {text!r} ({e})') from e
+    if not groups:
+        raise argparse.ArgumentTypeError(f'has no group in parentheses to take the label from: {text!r}')
+    return text
 
 
 # Options that several subcommands have
@@ -74,8 +89,17 @@ def data_options(group: Any, default: str) -> None:
                             f'train/CLASS/… or CLASS/… (default: {default})')
     group.add_argument('--labels', metavar='CSV', type=existing_file,
                        help='table of files in DIR and their labels, if there are no class folders')
+    group.add_argument('--label-pattern', metavar='REGEX', type=pattern,
+                       help='regular expression whose first group is the label in the path of an image, such as '
+                            "'([^/]+)_[0-9]+'; a group named `split` may match train, val or test")
     group.add_argument('--val-split', metavar='P', type=fraction(0.01, 0.99),
                        help='fraction of every class for validation if there is no validation folder (default: 0.2)')
+
+
+def data_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+    """What the options of `data_options` that were given are as arguments of `open_data`."""
+    keys = 'labels', 'label_pattern', 'val_split'
+    return {key: value for key in keys if (value := getattr(args, key, None)) is not None}
 
 
 def model_options(

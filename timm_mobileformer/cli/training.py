@@ -33,6 +33,7 @@ from .digits import folder_or_digits
 from .files import atomic_dir
 from .images import check_images
 from .load import find_model, load_model, model_args, pick_device, set_data_config
+from .options import data_arguments
 from .report import History, best_epoch, report
 
 PATHS = 'data_dir', 'labels', 'checkpoint'
@@ -170,7 +171,7 @@ def fingerprint(data: Data, root: Path) -> str:
 
 
 def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any]]) -> None:
-    data = open_data(root, args.labels, args.val_split)
+    data = open_data(root, **data_arguments(args))
     for remark in data.remarks:
         print(remark)
     pictures = fingerprint(data, root)
