@@ -12,7 +12,8 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 from timm_mobileformer.cli.console import InputError
-from timm_mobileformer.cli.data import natural_order, open_data
+from timm_mobileformer.cli.data import open_data
+from timm_mobileformer.cli.folders import natural_order
 from timm_mobileformer.cli.images import check_images, read_image
 
 y, x = np.mgrid[:24, :32]
@@ -150,38 +151,6 @@ def test_without_a_held_out_folder_a_fifth_of_every_class_is_held_out(tmp_path, 
     draw(tmp_path / 'there', f'{prefix}c/new.png')
     assert set(found(open_data(tmp_path / 'there'))[1]) >= set(found(data)[1]) - {('0.png', 'c'), ('1.png', 'c')}
     assert found(open_data(tmp_path / 'there')) == found(open_data(tmp_path / 'there'))
-
-
-@pytest.mark.parametrize('text', [
-    'file,label\n1.png,a\n2.png,b\nmore/3.png,a\n4.png,b\n',
-    '1.png,a\n2.png,b\nmore/3.png,a\n4.png,b\n',
-    '\ufefffile;label\r\n1.png;a\r\n2.png;b\r\nmore/3.png;a\r\n4.png;b\r\n',
-    'label\tsize\tfile_name\na\t1\t1.png\nb\t2\t2.png\n\na\t3\t"more/3.png"\nb\t4\t4.png',
-])
-@pytest.mark.parametrize('where', ['pictures', '.'])
-def test_a_csv_of_files_and_labels_takes_the_place_of_class_folders(tmp_path, text, where):
-    draw(tmp_path / 'pictures', '1.png', '2.png', 'more/3.png', '4.png', '5.png')
-    (tmp_path / where / 'labels.csv').write_text(text)
-    train, held_out = found(open_data(tmp_path / 'pictures', tmp_path / where / 'labels.csv'))
-    assert sorted(train + held_out) == [('1.png', 'a'), ('2.png', 'b'), ('3.png', 'a'), ('4.png', 'b')]
-    assert [label for _, label in held_out] == ['a', 'b']
-
-
-@pytest.mark.parametrize('text, wanted', [
-    ('1.png,a\n7.png,b\n', '1 of 2 files'),
-    ('1.png,a\n1.png,b\n', 'calls 1.png both a and b'),
-    ('1.png,a\n2.png,\n', "not '2.png,'"),
-    ('1.png\n2.png\n', "a file and a label in every row, not '1.png'"),
-    ('1.png,a\n2.png,a\n', 'one class only (a)'),
-    ('1.png,a\n2.png,b\n', 'one picture of every class'),
-    ('', 'one class only'),
-    (b'1.png,\xe9t\xe9', 'not in UTF-8'),
-])
-def test_a_csv_that_does_not_fit_is_refused(tmp_path, text, wanted):
-    draw(tmp_path, '1.png', '2.png')
-    (tmp_path / 'labels.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=re.escape(wanted)):
-        open_data(tmp_path, tmp_path / 'labels.csv')
 
 
 UP = 'links to a folder around them, not followed: {{root}}/{}'

@@ -6,14 +6,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from .console import InputError, abbreviate, quote
-from .folders import ImageScan, Labelled, Splits, contents, find_splits
+from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, split_of
 from .images import Pictures
 from .tables import read_labels
 
 __all__ = ['Data', 'ImageScan', 'open_data']
+
+TABLES = 'metadata.csv', 'metadata.jsonl', '_classes.csv'  # found beside images without being named
 
 
 def alike(names: Iterable[str]) -> List[str]:
@@ -23,16 +25,6 @@ def alike(names: Iterable[str]) -> List[str]:
         groups[' '.join(unicodedata.normalize('NFKC', name).casefold().split())].append(name)
     same = [' and '.join(repr(name) for name in group) for group in groups.values() if len(group) > 1]
     return [f'different classes whose names are nearly the same: {abbreviate(same)}'] if same else []
-
-
-def natural_order(name: str) -> Any:
-    """Sort key of class names: that of timm, numbers by their values and letters in any case, and total.
-
-    Names that tie there, such as `Cat` and `cat` or `1` and `01`, are told apart by their code points.
-    """
-    parts = re.split(r'([0-9]+)', name.lower())
-    parts[1::2] = [(len(digits.lstrip('0')), digits.lstrip('0')) for digits in parts[1::2]]  # int() takes 4,300 digits
-    return parts, name
 
 
 def split(labelled: Labelled, root: Path, share: float) -> Tuple[Labelled, Labelled]:
@@ -62,45 +54,74 @@ class Data:
     validates_on_test: bool = False  # the folder test is all there is to validate on
 
 
+def find_table(folder: Path) -> Optional[Path]:
+    """A table that came with the images of a folder, as the Hugging Face Hub and Roboflow have them."""
+    return next((path for name in TABLES if (path := folder / name).is_file()), None)
+
+
+def find_labels(root: Path, pattern: Optional[str], label_column: Optional[str], skip_unlabeled: bool,
+                ) -> Tuple[Splits, List[str]]:
+    """Images by splits, labeled by tables beside them, by a pattern or by their folders; and remarks."""
+    around = [root, *(f for f in contents(root)[0] if split_of(f.name))]
+    tables = {folder: table for folder in around if (table := find_table(folder))}
+    if (label_column or skip_unlabeled) and not tables:
+        raise InputError('--label-column and --skip-unlabeled are for a table; name it with --labels')
+    folders, beside = find_splits(root, flat=bool(pattern or tables.keys() - {root}))
+    found = ImageScan()
+    splits: Splits = defaultdict(list)
+    remarks: List[str] = []
+    for name, folder in folders.items():
+        table = tables.get(folder)
+        if pattern:
+            parts = found.matches(folder, re.compile(pattern))
+        elif table and (label_column or ImageScan().beside(folder)):
+            parts, said = read_labels(table, folder, label_column, skip_unlabeled)
+            remarks += said
+        else:
+            try:
+                parts = {'train': found.classes(folder)}
+            except InputError:
+                if name != 'test' or 'val' not in folders:
+                    raise
+                beside.append(folder.name)  # a test set without labels
+                continue
+            if table:
+                remarks.append(f'{table} is not used, since there are class folders; to use it, name it with --labels')
+        for inner, labelled in parts.items():
+            splits[name if len(folders) > 1 else inner] += labelled
+    remarks += found.remarks() + ([f'left alone in {root}: {abbreviate(beside)}'] if beside else [])
+    return splits, remarks
+
+
 def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
-              label_pattern: Optional[str] = None) -> Data:
-    """Find the pictures of a data set.
+              label_pattern: Optional[str] = None, label_column: Optional[str] = None,
+              skip_unlabeled: bool = False) -> Data:
+    """Find the images of a data set.
 
     Args:
         root: Folder with `train/CLASS/…` and `val/CLASS/…` (or `validation`, `valid`, `eval`, `test`, in any case),
             and perhaps `test/CLASS/…` beside both; with `train/CLASS/…` alone; or with `CLASS/…`.
-        labels: CSV of files and labels; instead of class folders.
+        labels: Table of files and labels; instead of class folders.
         val_split: Share of every class to hold out, where no folder is.
         label_pattern: Regular expression that finds the label in the path of an image; instead of class folders. See
             `ImageScan.matches`.
+        label_column: Name of the column of labels in a table.
+        skip_unlabeled: Leave out the rows of a table that have no label.
 
     Raises:
-        InputError: There is no such folder, or not two classes in it, or the CSV does not fit.
+        InputError: There is no such folder, or not two classes in it, or it is not clear which classes are meant.
     """
     if not root.is_dir():
         raise InputError(f'{root} is not a folder' if root.exists() else f'no such folder: {root}')
-    found = ImageScan()
-    splits: Splits = {}
     if labels:
-        splits['train'] = read_labels(labels, root)
-        remarks: List[str] = []
+        splits, remarks = read_labels(labels, root, label_column, skip_unlabeled)
     else:
-        folders, beside = find_splits(root, flat=bool(label_pattern))
-        for name, folder in folders.items():
-            if label_pattern:
-                for inner, labelled in found.matches(folder, re.compile(label_pattern)).items():
-                    splits.setdefault(name if len(folders) > 1 else inner, []).extend(labelled)
-                continue
-            try:
-                splits[name] = found.classes(folder)
-            except InputError:
-                if name != 'test' or 'val' not in folders:
-                    raise
-                beside.append(folder.name)  # a test set without classes
-        remarks = found.remarks() + ([f'left alone in {root}: {abbreviate(beside)}'] if beside else [])
+        splits, remarks = find_labels(root, label_pattern, label_column, skip_unlabeled)
     validates_on_test = 'test' in splits and 'val' not in splits
     if validates_on_test:
         splits['val'] = splits.pop('test')
+    if not splits.get('train'):
+        raise InputError(f'{labels or root} has no training set, only {abbreviate(splits)}')
     train, held_out, test = (splits.get(name, []) for name in ('train', 'val', 'test'))
     if not held_out:
         train, held_out = split(train, root, val_split)
@@ -108,22 +129,22 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
         remarks.append(f'held out: {100 * share:.3g} % of the images, at least one of every class of two or more')
     names, others = {label for _, label in train}, {label for _, label in held_out}
     if len(names) < 2:
-        inside = [] if labels else [f for name in names if contents(f := folders['train'] / name)[0]]
+        inside = [] if labels else [f for name in names if (f := root / name).is_dir() and contents(f)[0]]
         raise InputError(f'{labels or root} has one class only ({abbreviate(names)}); at least two are needed'
                          + ''.join(f'; are they in --data-dir {quote(f)}?' for f in inside))
     if not others:
         raise InputError(f'{labels or root} has one picture of every class; at least two are needed, to hold one out')
     if not names & others:
-        where = labels or ' and '.join(str(f) for f in folders.values())
-        raise InputError(f'the training set and the validation set in {where} share no class ({abbreviate(names)}; '
-                         f'{abbreviate(others)}); to hold out a part of the first, name it with --data-dir')
+        raise InputError(f'the training set and the validation set in {labels or root} share no class '
+                         f'({abbreviate(names)}; {abbreviate(others)}); to hold out a part of the first, name it with '
+                         '--data-dir')
     if others - names:
         remarks.append(f'only among the held-out images, and left out: {abbreviate(others - names)}')
     if names - others:
         remarks.append(f'not among the held-out images: {abbreviate(names - others)}')
     if others := {label for _, label in test} - names:
         remarks.append(f'only in the test set, and left out: {abbreviate(others)}')
-    remarks += alike(names | others)
+    remarks += alike({label for labelled in splits.values() for _, label in labelled})
     classes = sorted(names, key=natural_order)
     index = {name: i for i, name in enumerate(classes)}
 

@@ -20,7 +20,7 @@ from .formats import FORMATS, Raw, Run
 from .images import Pictures, check_images
 from .load import class_names, load_model
 from .metadata import describe, write_metadata
-from .options import data_arguments
+from .options import DATA_OPTIONS, data_arguments
 from .training import fingerprint, read_state
 
 __all__ = ['run']
@@ -218,8 +218,7 @@ def take_data_of_training(args: argparse.Namespace) -> bool:
     if gone := [path for path in paths if not path.exists()]:
         print(f'{args.model} was trained on {abbreviate(gone)}, which is not there; --data-dir names another folder')
         return False
-    for key in ('data_dir', 'labels', 'label_pattern'):
-        setattr(args, key, trained.get(key))
+    vars(args).update({key: trained.get(key) for key in ('data_dir', *DATA_OPTIONS) if getattr(args, key) is None})
     print(f'checked on the pictures that were held out in training, of {abbreviate(paths) or "the digits"}')
     return not paths
 

@@ -4,13 +4,13 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from .console import InputError, abbreviate, quote
 from .images import SUFFIXES
 from .options import ARCHIVES
 
-__all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'split_of']
+__all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'natural_order', 'split_of']
 
 SPLITS = {  # the usual names, in any case
     'train': ('train', 'training'),
@@ -29,6 +29,16 @@ Splits = Dict[str, Labelled]  # by 'train', 'val' and 'test'
 def split_of(name: str) -> Optional[str]:
     """'train', 'val' or 'test', if `name` is a usual name for it."""
     return SPLIT_OF.get(name.strip().lower())
+
+
+def natural_order(name: str) -> Any:
+    """Sort key of class names: that of timm, numbers by their values and letters in any case, and total.
+
+    Names that tie there, such as `Cat` and `cat` or `1` and `01`, are told apart by their code points.
+    """
+    parts = re.split(r'([0-9]+)', name.lower())
+    parts[1::2] = [(len(digits.lstrip('0')), digits.lstrip('0')) for digits in parts[1::2]]  # int() takes 4,300 digits
+    return parts, name
 
 
 def contents(folder: Path) -> Tuple[List[Path], List[Path]]:
@@ -83,6 +93,11 @@ class ImageScan:
     def named(self, paths: Sequence[Path]) -> List[str]:
         """The files among some paths, and the images in and below the folders among them."""
         return [file for path in paths for file in (self.search(path) if path.is_dir() else [str(path)])]
+
+    def beside(self, folder: Path) -> bool:
+        """Whether images lie in `folder` itself or in one folder inside of it, so that folders do not name classes."""
+        folders, files = list_folder(str(folder))
+        return bool(self.pick(files)) or sum(bool(self.search(Path(f))) for f in folders) < 2
 
     def classes(self, folder: Path) -> Labelled:
         """Images below the folders in `folder`, which name their classes.

@@ -13,9 +13,9 @@ from timm_mobileformer import versions
 from .console import InputError, abbreviate
 
 __all__ = [
-    'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_output', 'class_map_option', 'data_arguments',
-    'data_options', 'device_option', 'existing_file', 'existing_folder', 'fraction', 'img_size_option',
-    'model_options', 'option', 'parse', 'threads_option', 'workers_option']
+    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_output', 'class_map_option',
+    'data_arguments', 'data_options', 'device_option', 'existing_file', 'existing_folder', 'fraction',
+    'img_size_option', 'model_options', 'option', 'parse', 'threads_option', 'workers_option']
 
 SUBCOMMANDS = (
     'models', 'finetune', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')
@@ -83,12 +83,20 @@ def pattern(text: str) -> str:
 
 # Options that several subcommands have
 
+DATA_OPTIONS = 'labels', 'label_column', 'skip_unlabeled', 'label_pattern', 'val_split'  # arguments of `open_data`
+
+
 def data_options(group: Any, default: str) -> None:
     group.add_argument('--data-dir', metavar='DIR', type=existing_folder,
                        help='folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or only '
                             f'train/CLASS/… or CLASS/… (default: {default})')
-    group.add_argument('--labels', metavar='CSV', type=existing_file,
+    group.add_argument('--labels', metavar='FILE', type=existing_file,
                        help='table of files in DIR and their labels, if there are no class folders')
+    group.add_argument('--label-column', metavar='NAME',
+                       help='column of labels in the table, or its number if there is no header (default: the one of a '
+                            'usual name, or the only one)')
+    group.add_argument('--skip-unlabeled', action='store_true', default=None,
+                       help='leave out rows of the table that have no label')
     group.add_argument('--label-pattern', metavar='REGEX', type=pattern,
                        help='regular expression whose first group is the label in the path of an image, such as '
                             "'([^/]+)_[0-9]+'; a group named `split` may match train, val or test")
@@ -98,8 +106,7 @@ def data_options(group: Any, default: str) -> None:
 
 def data_arguments(args: argparse.Namespace) -> Dict[str, Any]:
     """What the options of `data_options` that were given are as arguments of `open_data`."""
-    keys = 'labels', 'label_pattern', 'val_split'
-    return {key: value for key in keys if (value := getattr(args, key, None)) is not None}
+    return {key: value for key in DATA_OPTIONS if (value := getattr(args, key, None)) is not None}
 
 
 def model_options(

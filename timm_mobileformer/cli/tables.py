@@ -1,43 +1,192 @@
-"""Tables of images and labels."""
-import csv
+"""Reading tables of images and labels."""
 import io
+import json
+import os
+import re
+from collections import defaultdict
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from .console import InputError, abbreviate
-from .folders import Labelled
-from .images import SUFFIXES
+from .columns import SAMPLE, Columns, ImageIndex
+from .console import InputError, abbreviate, missing, reason
+from .folders import Splits, natural_order, split_of
 
 __all__ = ['read_labels']
 
-FILE_COLUMNS, LABEL_COLUMNS = ('file', 'filename', 'file_name', 'path', 'image'), ('label', 'class', 'target')
+NO_LABEL = ('', 'nan', '<na>', 'n/a', 'null')  # in any case; None may be a class
+SEPARATORS = (',', ';', '\t', '|', r'\s+')
 
 
-def read_labels(file: Path, root: Path) -> Labelled:
-    """Pictures and classes of a CSV, with or without a header; files as seen from `root` or from the CSV."""
+def read_text(file: Path) -> Tuple[str, List[str]]:
+    """The text of a file, and a remark if its encoding was guessed."""
+    data = file.read_bytes()
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        return data.decode('utf-16', 'replace'), []
+    if b'\0' in data:
+        raise InputError(f'{file} is not a text file; save the table as CSV')
     try:
-        text = file.read_text('utf-8-sig')  # spreadsheets begin with a mark
-    except UnicodeDecodeError as e:
-        raise InputError(f'{file} is not in UTF-8') from e
-    delimiter = max(',;\t', key=text.partition('\n')[0].count)
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(row)]
-    columns = 0, 1
-    if rows and Path(rows[0][0]).suffix.lower() not in SUFFIXES:  # a header
-        head = [name.strip().lower() for name in rows.pop(0)]
-        files, classes = ([head.index(n) for n in names if n in head] for names in (FILE_COLUMNS, LABEL_COLUMNS))
-        columns = (files[0], classes[0]) if files and classes else columns
-    labels: Dict[str, str] = {}
-    missing = []
-    for row in rows:
-        if len(row) <= max(columns) or not all(row[c].strip() for c in columns):
-            raise InputError(f'{file} needs a file and a label in every row, not {delimiter.join(row)!r}')
-        name, label = (row[c].strip() for c in columns)
-        path = next((str(p / name) for p in (root, file.parent) if (p / name).exists()), None)
-        if path is None:
-            missing.append(name)
-        elif labels.setdefault(path, label) != label:
-            raise InputError(f'{file} calls {name} both {labels[path]} and {label}')
-    if missing:
-        raise InputError(f'{len(missing):,} of {len(rows):,} files in {file} are neither in {root} nor beside it: '
-                         + abbreviate(missing))
-    return list(labels.items())
+        return data.decode('utf-8-sig'), []
+    except UnicodeDecodeError:
+        return data.decode('cp1252', 'replace'), [f'{file} is not in UTF-8, and was read as Latin-1 (Windows-1252)']
+
+
+def read_lines(file: Path) -> Any:
+    """The rows of a file of JSON lines as a data frame, with one row more for the names."""
+    import pandas as pd
+
+    try:
+        records = {i: json.loads(line) for i, line in enumerate(read_text(file)[0].split('\n'), 1) if line.strip()}
+        rows = pd.DataFrame(list(records.values()), list(records), dtype=object)
+    except (ValueError, AttributeError) as e:
+        raise InputError(f'{file} cannot be read as JSON lines: {reason(e)}') from e
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return '|'.join(map(str, value))
+        return '' if value is None or value != value else str(value)
+
+    names = pd.DataFrame([[str(name) for name in rows.columns]], [0])
+    return pd.concat([names, rows.map(text).set_axis(range(rows.shape[1]), axis=1)])
+
+
+def read_rows(file: Path, index: ImageIndex) -> Tuple[Any, List[str]]:
+    """All rows of a table as a data frame of text, indexed by their number in the file, and remarks.
+
+    The separator is the one that leaves a column of files.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    import pandas as pd
+
+    if file.suffix.lower() in ('.jsonl', '.ndjson'):
+        return read_lines(file), []
+    text, remarks = read_text(file)
+    lines = text.replace('\r\n', '\n').replace('\r', '\n').split('\n')
+    separators: Sequence[str] = SEPARATORS
+    if named := re.fullmatch(r'"?sep=(.)"?', lines[0].strip('\ufeff'), re.IGNORECASE):  # for Excel
+        separators, lines[0] = (named[1],), ''
+    quotes = comments = 0
+    for i, line in enumerate(lines):
+        if line.startswith('#') and not quotes % 2 and not index.candidates(re.split(r'[,;\t|]', line)[0].strip()):
+            lines[i], comments = '', comments + 1
+        quotes += line.count('"')
+    if comments:
+        remarks.append(f'{file}: {comments:,} lines that begin with # were left out')
+    start = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    text = '\n'.join(lines[start:])
+
+    def parse(separator: str, nrows: Optional[int] = None) -> Any:
+        rows = pd.read_csv(
+            io.StringIO(text), sep=separator, nrows=nrows, header=None, dtype=str, keep_default_na=False,
+            skip_blank_lines=False, skipinitialspace=True).fillna('')
+        rows.index += start + 1
+        rows = rows.apply(lambda column: column.str.strip())
+        return rows[(rows != '').any(axis=1)]
+
+    def num_files(separator: str) -> int:
+        try:
+            head = parse(separator, SAMPLE)
+        except ValueError:  # rows of unequal length, if separated like this
+            return 0
+        return max((sum(map(bool, index.locate(head[c].unique()).values())) for c in head), default=0
+                   ) if head.shape[1] > 1 else 0
+
+    try:
+        return parse(max(separators, key=num_files)), remarks
+    except ValueError as e:
+        raise InputError(f'{file} cannot be read as a table: {reason(e)}') from e
+
+
+def read_labels(
+        file: Path,
+        root: Path,
+        label_column: Optional[str] = None,
+        skip_unlabeled: bool = False,
+) -> Tuple[Splits, List[str]]:
+    """Images, labels and splits of a table, and remarks on how it was read.
+
+    Args:
+        file: Table, separated by commas, semicolons, tabs, `|` or blanks; or JSON lines.
+        root: Folder of the images.
+        label_column: Name of the column of labels; its number if there is no header.
+        skip_unlabeled: Leave out rows without a label.
+
+    Raises:
+        InputError: It cannot be read, or not in one way only, or images are missing, unlabeled or labeled twice.
+    """
+    if lack := missing('demo', 'pandas'):
+        raise InputError(f'{file} {lack}')
+    index = ImageIndex(root, file.parent)
+    rows, remarks = read_rows(file, index)
+    columns = Columns(file, rows, index, label_column)
+    rows = columns.rows
+    if len(columns.labels) > 1:
+        on = columns.on(columns.labels)
+        labels = on.idxmax(axis=1).map(lambda c: columns.names[c]).where(on.any(axis=1), '')
+    else:
+        labels = rows[columns.labels[0]]
+    unlabeled = labels.str.lower().isin(NO_LABEL)
+    if unlabeled.any():
+        which = f'{unlabeled.sum():,} of {len(rows):,} rows in {file} have no label'
+        if not skip_unlabeled:
+            raise InputError(f'{which}: {abbreviate(f"row {i}" for i in rows.index[unlabeled])}; --skip-unlabeled '
+                             'leaves them out')
+        remarks.append(f'{which}, and are left out')
+    rows, labels = rows[~unlabeled], labels[~unlabeled]
+    check_single(file, labels)
+
+    found = index.locate(rows[columns.files].unique())
+    check_found(file, root, found)
+    paths = [found[name][0] for name in rows[columns.files]]
+    if columns.split is not None:
+        split_by, row_splits = f'column {columns.quoted([columns.split])}', list(rows[columns.split].map(split_of))
+    else:
+        split_by, row_splits = 'folders', [split_of(os.path.relpath(path, root).split(os.sep)[0]) for path in paths]
+        if not {'train'} < set(row_splits) - {None}:
+            split_by, row_splits = '', ['train'] * len(paths)
+    seen: Dict[str, Tuple[int, str, str]] = {}
+    for row, path, label, split in zip(rows.index, paths, labels, row_splits, strict=True):
+        before = seen.setdefault(path, (row, label, split or 'train'))
+        for one, other in zip(before[1:], (label, split or 'train'), strict=True):
+            if one != other:
+                raise InputError(f'{file} calls {path} both {one} and {other}, in rows {before[0]} and {row}')
+    if len(seen) < len(paths):
+        remarks.append(f'{file}: {len(paths) - len(seen):,} rows name an image again')
+    others = [(name, paths[0]) for name, paths in found.items()
+              if os.path.normpath(paths[0]) not in [os.path.normpath(os.path.join(f, name)) for f in index.folders]]
+    if others:
+        remarks.append(f'{file}: {len(others):,} files have other names than in the table, such as {others[0][1]} for '
+                       f'{others[0][0]!r}')
+    classes = sorted(labels.unique(), key=natural_order)
+    taken = [f'files in column {columns.quoted([columns.files])}',
+             f'labels in column {columns.quoted(columns.labels)}, {len(classes):,} classes: {abbreviate(classes)}']
+    if split_by:
+        taken.append(f'splits by {split_by}')
+    if columns.unused:
+        taken.append(f'not used: {columns.quoted(columns.unused)}')
+    remarks.insert(0, f'{file}: ' + '; '.join(taken))
+    splits: Splits = defaultdict(list)
+    for path, (_, label, split) in sorted(seen.items()):
+        splits[split].append((path, label))
+    return splits, remarks
+
+
+def check_single(file: Path, labels: Any) -> None:
+    """Refuse labels that are lists of labels, such as `cat|dog`."""
+    classes = set(labels)
+    for label in sorted(classes):
+        for separator in '|;,':
+            parts = [part.strip() for part in label.split(separator)]
+            if len(parts) > 1 and (separator == '|' or classes.issuperset(parts)):
+                raise InputError(f'row {labels.index[labels == label][0]} of {file} has {len(parts)} labels, {label}; '
+                                 'an image must have one')
+
+
+def check_found(file: Path, root: Path, found: Dict[str, List[str]]) -> None:
+    for name, paths in found.items():
+        if len(paths) > 1:
+            raise InputError(f'{name!r} in {file} may be any of {abbreviate(paths)}')
+    if lacking := [name or 'an empty name' for name, paths in found.items() if not paths]:
+        raise InputError(f'{len(lacking):,} of {len(found):,} files in {file} are neither in {root} nor beside it: '
+                         + abbreviate(lacking))
