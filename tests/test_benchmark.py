@@ -8,9 +8,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+from timm_mobileformer.authors import PAPER_TOP1
 from timm_mobileformer.cli import benchmarking, main
-from timm_mobileformer.cli.benchmarking import PEERS, Row, count_macs, measure, published, saved_for_backward
-from timm_mobileformer.pretrained import PAPER_TOP1
+from timm_mobileformer.cli.benchmarking import PEERS, Row, measure, published
+from timm_mobileformer.cli.cost import count_macs, saved_for_backward
 
 
 def run_here(*args):

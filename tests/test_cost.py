@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_mobileformer import DynamicReLU
-from timm_mobileformer.cli.benchmarking import saved_for_backward
+from timm_mobileformer.cli.cost import saved_for_backward
 
 TINY = 'test_mobileformer'
 # For one image of 224 x 224 in float32, what the authors' program costs: MB read and written by kernels, and MB kept

@@ -1,4 +1,4 @@
-"""What pretrained weights are said to reach, and what a user is told when they cannot be had."""
+"""What a user is told when pretrained weights cannot be had."""
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any, Dict, Iterator
@@ -20,18 +20,7 @@ from timm.models._builder import _resolve_pretrained_source
 
 from .checkpoint import CheckpointMismatchError
 
-__all__ = ['PAPER_TOP1', 'explain_missing_weights', 'why']
-
-# Top-1 accuracy on ImageNet-1k in percent, as the paper reports it (arXiv 2108.05895).
-PAPER_TOP1 = {
-    'mobileformer_26m': 64.0,
-    'mobileformer_52m': 68.7,
-    'mobileformer_96m': 72.8,
-    'mobileformer_151m': 75.2,
-    'mobileformer_214m': 76.7,
-    'mobileformer_294m': 77.9,
-    'mobileformer_508m': 79.3,
-}
+__all__ = ['explain_missing_weights', 'why']
 
 
 def why(error: BaseException) -> str:

@@ -16,9 +16,8 @@ from timm.models._hub import save_for_hf
 from torchvision.datasets.utils import download_file_from_google_drive
 
 from timm_mobileformer import checkpoint_filter_fn
-from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG
+from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG, PAPER_TOP1
 from timm_mobileformer.checkpoint import CheckpointMismatchError
-from timm_mobileformer.pretrained import PAPER_TOP1
 
 from .console import InputError, abbreviate, missing, progress, quote, reason
 from .files import atomic_dir, sha256

@@ -19,23 +19,22 @@ import timm
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.collect_env import get_cpu_info
 from torch.utils.collect_env import run as run_command
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mobileformer  # noqa: F401  registers the models
-from timm_mobileformer.pretrained import PAPER_TOP1
+from timm_mobileformer.authors import PAPER_TOP1
 
 from .benchmark import RUNTIMES
 from .console import InputError, progress, reason
+from .cost import count_macs, saved_for_backward
 from .files import atomic_dir, save_figure
 from .load import find_model, known_config, model_args, pick_device
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['count_macs', 'run', 'saved_for_backward']
+__all__ = ['run']
 
 # Weights of the timm models, the image size they were scored at, and ImageNet-1k top-1 in percent from
 # results/results-imagenet.csv in timm's repository: the default weights, or where those were made for larger images,
@@ -52,34 +51,6 @@ PEERS: Dict[str, Tuple[str, int, float]] = {
     'efficientformerv2_s0': ('snap_dist_in1k', 224, 76.102),
     'fastvit_t8': ('apple_in1k', 256, 76.184),
 }
-
-
-def count_macs(model: nn.Module, x: torch.Tensor) -> float:
-    """Multiply-adds of the convolutions and matrix products for each image of a batch (B, C, H, W)."""
-    # PyTorch does not count the fused attention of CPUs
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(x)
-    return counter.get_total_flops() / 2 / len(x)
-
-
-def saved_for_backward(model: nn.Module, x: torch.Tensor) -> float:
-    """Bytes for each image of a batch (B, C, H, W) that a training step keeps for its backward pass.
-
-    Parameters, buffers and the images themselves are there anyway and left out.
-    """
-    there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    kept: Dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage
-        return t
-
-    model.train()
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x).logsumexp(1).mean()
-    return sum(s.nbytes() for s in kept.values()) / len(x)
 
 
 @dataclass

@@ -6,20 +6,21 @@ import timm
 import torch
 
 import timm_mobileformer  # noqa: F401  registers the models
-from timm_mobileformer.pretrained import PAPER_TOP1
+from timm_mobileformer.authors import PAPER_TOP1
 
-from .benchmarking import count_macs
+from .cost import count_macs
 
 __all__ = ['run']
 
 
 def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)  # several have too little to do, and wait for each other on a busy machine
     print(f"{'model':<18} {'parameters':>10} {'MACs':>8} {'top-1':>6}  weights")
     for name in sorted(timm.list_models('*mobileformer*'), key=lambda n: PAPER_TOP1.get(n, 0)):
-        model = timm.create_model(name, device='meta')
+        model = timm.create_model(name)  # PyTorch counts operations on the CPU faster than on the meta device
         cfg: Any = model.pretrained_cfg
         params = sum(p.numel() for p in model.parameters())
-        macs = f"{count_macs(model, torch.empty(1, *cfg['input_size'], device='meta')) / 1e6:.1f} M"
+        macs = f"{count_macs(model, torch.zeros(1, *cfg['input_size'])) / 1e6:.1f} M"
         weights = f"hf-hub:{cfg['hf_hub_id']}" if cfg.get('hf_hub_id') else 'none'
         print(f"{name:<18} {params:>10,} {macs:>8} {PAPER_TOP1.get(name, '-'):>6}  {weights}")
     print("""

@@ -16,8 +16,8 @@ from timm.data import ImageNetInfo, create_loader, resolve_model_data_config
 from timm.models._hub import generate_readme
 from timm.utils import AverageMeter, accuracy
 
-from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG
-from timm_mobileformer.pretrained import PAPER_TOP1, why
+from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG, PAPER_TOP1
+from timm_mobileformer.pretrained import why
 
 from .authors_weights import CACHE, Candidate, check, fetch, find_variants, read_record, save, verify
 from .console import InputError, progress, reason
