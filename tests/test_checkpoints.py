@@ -38,6 +38,8 @@ WRAPPERS = {
     'module': ddp,
     'state_dict': lambda t: {'state_dict': t, 'epoch': 3},
     'state_dict and module': lambda t: {'state_dict': ddp(t), 'arch': 'mobile_former', 'metric': 71.},
+    'model': lambda t: {'model': ddp(t), 'optimizer': {}},
+    'model_ema before model': lambda t: {'model': zeros_like(t), 'model_ema': t},
     'args': lambda t: {'state_dict': t, 'args': argparse.Namespace(model='mobile_former'), 'optimizer': {}},
     'ema before state_dict': lambda t: {'state_dict': zeros_like(t), 'state_dict_ema': t},
     'ema and module': lambda t: {'state_dict': ddp(zeros_like(t)), 'state_dict_ema': ddp(t)},

@@ -131,6 +131,29 @@ def test_output_stride_dilates_instead_of_striding(output_stride):
     model.load_state_dict(tiny().state_dict())  # no weight is another
 
 
+
+class NoMobileToFormer(nn.Module):
+    """Leaves the tokens as they are, so that they do not depend on the number of positions."""
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return z
+
+
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_dilated_convolutions_see_at_every_other_position_what_strided_ones_see(output_stride):
+    maps = []
+    for stride in output_stride, 32:
+        model = tiny(output_stride=stride, groups=2).double()
+        for stage in model.stages:
+            for block in stage:
+                block.mobile_to_former = NoMobileToFormer()
+        maps.append(model.forward_intermediates(images(128, 192).double(), intermediates_only=True))
+    for dilated, strided in zip(*maps, strict=True):
+        step = dilated.shape[2] // strided.shape[2]
+        assert_close(dilated[:, :, ::step, ::step], strided, rtol=1e-9, atol=1e-9)
+    assert step == 32 // output_stride
+
+
 def test_an_unknown_output_stride_is_refused():
     with pytest.raises(AssertionError, match='output_stride must be 8, 16 or 32'):
         timm.create_model(TINY, output_stride=4)
@@ -227,6 +250,25 @@ def test_reset_classifier_gives_a_new_one():
     assert 0.005 < model.get_classifier().weight.std() < 0.02 and not model.get_classifier().bias.any()
 
 
+def test_a_new_classifier_has_the_device_dtype_and_mode_of_the_model():
+    model = timm.create_model(TINY, device='meta', dtype=torch.bfloat16).eval()
+    model.reset_classifier(7, 'max')
+    assert {(p.device.type, p.dtype) for p in model.get_classifier().parameters()} == {('meta', torch.bfloat16)}
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize('indices, chs', [([0], 8), ([1], 8), ([2], 16), ([4], 32)])
+def test_a_pruned_model_holds_what_its_maps_need_and_nothing_else(indices, chs):
+    model = tiny()
+    maps = model.forward_intermediates(images(), indices=indices, intermediates_only=True)
+    model.prune_intermediate_layers(indices)
+    features = model(images())
+    assert_close(features, maps[0])
+    assert model.num_features == model.head_hidden_size == chs == features.shape[1]
+    features.sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
 @pytest.mark.parametrize('name', [*TABLE, TINY])
 def test_features_only_gives_maps_at_reductions_2_to_32(name):
     model = timm.create_model(name, device='meta', features_only=True)
@@ -259,12 +301,12 @@ def test_features_only_trains_with_gradient_checkpointing():
     grads = []
     for enable in False, True:
         torch.manual_seed(0)
-        model = timm.create_model(TINY, features_only=True)
+        model = timm.create_model(TINY, features_only=True).double()
         model.model.set_grad_checkpointing(enable)
-        sum(m.square().mean() for m in model.train()(images())).backward()
+        sum(m.square().mean() for m in model.train()(images().double())).backward()
         assert all(p.grad is not None for p in model.parameters())
         grads.append([p.grad for p in model.parameters()])
-    assert_close(grads[1], grads[0])
+    assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('name', [TINY, 'mobileformer_26m'])
@@ -349,15 +391,20 @@ def test_weight_decay_spares_norms_and_biases_but_not_the_tokens():
         assert (id(p) in decayed) == (p.ndim > 1), name
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    grads = []
+def test_gradient_checkpointing_keeps_fewer_maps_and_changes_no_gradient():
+    grads, kept = [], []
     for enable in False, True:
-        model = tiny(num_classes=5, drop_path_rate=0.3).train()
+        model = tiny(num_classes=5, drop_path_rate=0.3).double().train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(0)
-        F.cross_entropy(model(images(batch=4)), torch.arange(4)).backward()
+        saved: List[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = F.cross_entropy(model(images(batch=4).double()), torch.arange(4))
+        kept.append(len(saved))
+        loss.backward()
         grads.append([p.grad for p in model.parameters()])
-    assert_close(grads[1], grads[0])
+    assert kept[1] < kept[0] / 4
+    assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
 
 
 def test_images_of_a_batch_do_not_mix_in_inference():
@@ -459,10 +506,10 @@ def test_torchscript_keeps_the_function_and_can_be_saved(model):
 def test_torchscript_trains_as_eager_does():
     grads = []
     for wrap in torch.jit.script, lambda m: m:
-        model = wrap(tiny(num_classes=5).train())
-        F.cross_entropy(model(images(batch=4)), torch.arange(4)).backward()
+        model = wrap(tiny(num_classes=5).double().train())
+        F.cross_entropy(model(images(batch=4).double()), torch.arange(4)).backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
-    assert_close(grads[0], grads[1])
+    assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-9)
 
 
 def test_torchscript_takes_a_features_only_model():
