@@ -4,7 +4,9 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,73 @@ def test_package_imported_first_and_another_finder_like_ours():
         'import sys, timm_mobileformer as t; sys.meta_path.insert(0, t._ModelsFinder()); import timm; '
         f'print({COUNT}, type(timm.models.__loader__).__name__)'
     ), TORCH_DEVICE_BACKEND_AUTOLOAD='0') == '8 SourceFileLoader'
+
+
+FINDERS = """
+import copy, pickle, sys
+import torch
+
+def reimport():
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'timm']:
+        del sys.modules[name]
+    import timm
+    model = timm.create_model('test_mobileformer')
+    assert type(model) is timm_mobileformer.MobileFormer and type(model).__module__ in sys.modules
+    assert type(timm.models.__spec__.loader).__name__ == type(timm.models.__loader__).__name__ == 'SourceFileLoader'
+    return len(timm.list_models('*mobileformer*'))
+
+class Wrapper:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        spec = self.finder.find_spec(name, path, target)
+        if spec and name == 'timm.models':
+            spec.loader = self.copied(spec.loader)
+        return spec
+    copied = staticmethod(lambda loader: loader)
+
+class Legacy:  # as before Python 3.4, and ignored from 3.12 on
+    def find_module(self, name, path=None):
+        pass
+
+import timm_mobileformer
+usual = list(sys.meta_path)
+print(reimport(), reimport())  # as it is, and with timm removed from sys.modules
+sys.meta_path[:] = [Legacy(), *usual, Legacy()]
+print(reimport())
+sys.meta_path[:] = map(Wrapper, usual)
+print(reimport())
+sys.meta_path[:] = map(Wrapper, sys.meta_path)
+Wrapper.copied = staticmethod(lambda loader: pickle.loads(pickle.dumps(copy.deepcopy(copy.copy(loader)))))
+print(reimport())
+"""
+
+
+def test_whatever_else_finds_modules_and_however_often_timm_is_imported_the_models_are_there():
+    assert python('-c', FINDERS).split() == ['8'] * 5
+
+
+def test_a_thread_may_read_a_public_name_while_another_one_imports_timm():
+    assert python('-c', (
+        'import sys, threading, torch, timm_mobileformer\n'
+        'class Finder:\n'
+        '    def find_spec(self, name, path, target=None):\n'
+        "        if name == 'timm.layers':\n"
+        '            reader.start()\n'
+        '            reader.join(0.5)\n'
+        "reader = threading.Thread(target=lambda: print(timm_mobileformer.MobileFormer.__name__))\n"
+        'sys.meta_path.insert(0, Finder())\n'
+        'import timm\n'
+        f'reader.join(); print({COUNT})')) == 'MobileFormer\n8'
+
+
+def test_the_package_can_be_imported_from_a_zip_file(tmp_path):
+    package = Path(versions.__file__).parent
+    with zipfile.ZipFile(tmp_path / 'package.zip', 'w') as archive:
+        for path in package.glob('*.py'):
+            archive.write(path, f'timm_mobileformer/{path.name}')
+    assert python('-c', f'import timm, timm_mobileformer as t; print({COUNT}, t.__loader__.archive)',
+                  PYTHONPATH=str(tmp_path / 'package.zip')) == f'8 {tmp_path}/package.zip'
 
 
 def test_failure_to_load_leaves_timm_usable():

@@ -5,6 +5,7 @@ loaded its own. PyTorch imports it too, by an entry point of the group `torch.ba
 which knows nothing of this package finds the models by name. Nothing is imported before timm is.
 """
 import sys
+import threading
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, List
@@ -28,6 +29,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    import_module('timm')  # before the module below is locked, which a thread that imports timm is going to lock itself
     return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
 
 
@@ -36,7 +38,7 @@ def __dir__() -> List[str]:
 
 
 def _register() -> None:
-    """Import the models, which tells timm of them.
+    """Import the models, which registers them with timm.
 
     Raises:
         ImportError: timm is too old for them.
@@ -46,16 +48,23 @@ def _register() -> None:
     found = sys.modules['timm'].__version__
     if versions.is_older(found, versions.MODELS):
         raise ImportError(f'timm {found} is too old, the models need timm {versions.MODELS} or later')
+    models = sys.modules.get(f'{__name__}.mobileformer')
+    register_model = getattr(models, 'register_model', None)
+    if register_model not in (None, sys.modules['timm.models'].register_model):  # of a timm that was removed since
+        for name in [name for name in sys.modules if name.startswith(f'{__name__}.')]:
+            del sys.modules[name]
     import_module('.mobileformer', __name__)
 
 
 class _ModelsLoader:
-    """Loads `timm.models` as its own loader does, then the Mobile-Formers."""
+    """Loads `timm.models` with its own loader, then registers the models."""
 
     def __init__(self, loader: Any):
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
+        if name == 'loader':  # not there yet in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def exec_module(self, module: Any) -> None:
@@ -67,16 +76,25 @@ class _ModelsLoader:
             warnings.warn(f'timm does not know the Mobile-Formers, {__name__} failed to load: {e!r}', stacklevel=2)
 
 
-class _ModelsFinder:
-    """Finds `timm.models` by asking the finders after it."""
+class _ModelsFinder(threading.local):
+    """Finds `timm.models` by asking all other finders."""
+
+    asking = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name == 'timm.models':
-            for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
-                spec: Any = finder.find_spec(name, path, target)
-                if spec is not None:
-                    spec.loader = _ModelsLoader(spec.loader)
+        if name != 'timm.models' or name in sys.modules or self.asking:
+            return None
+        self.asking = True  # other tools may have wrapped this finder, so that it cannot tell itself from the others
+        try:
+            for finder in list(sys.meta_path):
+                find_spec: Any = getattr(finder, 'find_spec', None)
+                spec = find_spec and find_spec(name, path, target)
+                if spec:
+                    if hasattr(spec.loader, 'exec_module'):
+                        spec.loader = _ModelsLoader(spec.loader)
                     return spec
+        finally:
+            self.asking = False
         return None
 
 
