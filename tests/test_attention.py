@@ -172,23 +172,50 @@ def test_the_model_is_left_as_it_was(images):
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)  # no running statistics gathered
 
 
-def compiled_in_place():
+def with_part(name, change):
+    """A model with a part replaced by `change` of it, or changed in place."""
     model = make_model()
-    model.stages[1][0].compile()
+    part = model.get_submodule(name)
+    if (changed := change(part)) is not None:
+        model.set_submodule(name, changed)
     return model
 
 
 @pytest.mark.parametrize(['make', 'kind'], [
     (lambda: timm.create_model('test_resnet'), 'not in ResNet'),
     (lambda: timm.create_model('test_vit', features_only=True), 'not in VisionTransformer'),
-    (lambda: torch.compile(make_model()), 'not in OptimizedModule'),
-    (compiled_in_place, 'not in compiled MobileFormer'),
-    (lambda: torch.jit.script(make_model()), 'not in RecursiveScriptModule'),
+    (lambda: torch.compile(make_model()), 'not in compiled or scripted OptimizedModule'),
+    (lambda: with_part('stages.1.0', lambda block: block.compile()), 'MobileFormerBlock stages.1.0'),
+    (lambda: with_part('stages.1.0', torch.compile), 'OptimizedModule stages.1.0'),
+    (lambda: with_part('stages.2', torch.compile), 'OptimizedModule stages.2'),
+    (lambda: with_part('stages.1.0', torch.jit.script), 'RecursiveScriptModule stages.1.0'),
+    (lambda: with_part('stages.4.1.former_to_mobile', torch.jit.script), 'stages.4.1.former_to_mobile'),
+    (lambda: torch.jit.script(make_model()), 'not in compiled or scripted RecursiveScriptModule'),
     (lambda: torch.nn.Sequential(make_model()), 'not in Sequential'),
-], ids=['resnet', 'features', 'compiled', 'compiled_in_place', 'scripted', 'wrapped'])
+], ids=[
+    'resnet', 'features', 'compiled', 'block compiled in place', 'block compiled', 'stage compiled', 'block scripted',
+    'bridge scripted', 'scripted', 'wrapped'])
 def test_what_cannot_be_looked_into_is_refused(make, kind):
     with pytest.raises(TypeError, match=kind):
         attention_maps(make(), make_images(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('name', ['stages.3.1.mobile_to_former', 'stages.3.1.former_to_mobile', 'mobile_to_former'])
+@pytest.mark.parametrize('times', [0, 2])
+def test_a_bridge_that_is_not_called_once_is_no_map_too_few_or_in_another_row(name, times):
+    model = make_model()
+    bridge = model.get_submodule(name)
+
+    def forward(x, z):
+        for _ in range(times):
+            out = bridge(x, z)
+        return out if times else bridge.forward(x, z)
+
+    bridge_and_more = torch.nn.Module()  # stands for any wrapper
+    bridge_and_more.forward, bridge_and_more.bridge = forward, bridge
+    model.set_submodule(name, bridge_and_more)
+    with pytest.raises(TypeError, match='not every bridge of the model was called once and in order'):
+        attention_maps(model, make_images(1, 3, 64, 64))
 
 
 # The pictures

@@ -8,7 +8,7 @@ import torch
 from authors import ANSWERS, EVAL_CASES, VARIANTS, author_input, author_state_dict, sketch
 from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint
-from timm.utils import CheckpointSaver
+from timm.utils import CheckpointSaver, reparameterize_model
 
 from timm_mobileformer import checkpoint_filter_fn
 
@@ -116,6 +116,36 @@ def test_a_checkpoint_that_train_py_saved_loads_by_checkpoint_path(tmp_path):
     path = str(tmp_path / 'last.pth.tar')
     loaded = timm.create_model('test_mobileformer', num_classes=5, checkpoint_path=path)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.nn.DataParallel, torch.compile, torch.nn.Sequential, lambda m: torch.nn.DataParallel(torch.compile(m)),
+    lambda m: m.stages.__setitem__(1, torch.compile(m.stages[1])) or m,
+], ids=['parallel', 'compiled', 'in another', 'both', 'a compiled part'])
+@pytest.mark.parametrize('num_classes', [1000, 0])
+def test_the_tensors_have_the_names_of_the_model_that_is_given(wrap, num_classes):
+    model = timm.create_model(f'mobileformer_{SMALL}', dtype=torch.float64, num_classes=num_classes)
+    tensors = author_state_dict(SMALL, SEED)
+    model = wrap(model)
+    keys = model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=num_classes > 0)
+    assert not keys.missing_keys and len(keys.unexpected_keys) == (0 if num_classes else 2)
+    first = next(t for name, t in model.state_dict().items() if name.endswith('tokens'))
+    assert torch.equal(first, tensors['tokens.weight'])
+
+
+def test_a_features_only_model_takes_what_it_has_a_place_for():
+    model, tensors = timm.create_model(f'mobileformer_{SMALL}', features_only=True), author_state_dict(SMALL)
+    with pytest.raises(RuntimeError, match='surplus: classifier.conv.1.weight'):
+        checkpoint_filter_fn(tensors, model)
+    assert not model.load_state_dict(checkpoint_filter_fn(tensors, model, strict=False), strict=False).missing_keys
+
+
+@pytest.mark.parametrize('model', [
+    lambda: timm.create_model('test_resnet'), lambda: reparameterize_model(timm.create_model(f'mobileformer_{SMALL}'))])
+@pytest.mark.parametrize('tensors', [author_state_dict(SMALL), {}])
+def test_a_model_that_checkpoints_do_not_belong_to_is_refused(model, tensors):
+    with pytest.raises(TypeError, match='a Mobile-Former as create_model returns it, before reparameterize_model'):
+        checkpoint_filter_fn(tensors, model())
 
 
 def refuse(tensors: Tensors, *names: str) -> None:

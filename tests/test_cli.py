@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
+import timm_mobileformer
 from timm_mobileformer.cli import main, options
 from timm_mobileformer.cli.console import InputError, progress
 from timm_mobileformer.cli.files import atomic_dir
@@ -161,6 +163,25 @@ def test_ctrl_c_during_work_is_one_line_and_status_130(capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize('handler', [signal.SIG_IGN, lambda *_: None])
+def test_a_program_may_call_it_from_any_thread_and_keeps_its_own_handler_of_ctrl_c(capsys, handler):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(main(['recipe'])))
+    thread.start()
+    thread.join()
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert [*statuses, main(['recipe'])] == [0, 0] and signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(['--version'])
+    assert stop.value.code == 0 and capsys.readouterr().out == f'timm-mobileformer {timm_mobileformer.__version__}\n'
+
+
 def test_a_reader_that_has_enough_is_left_in_peace():
     process = command('recipe')
     process.stdout.close()
@@ -243,9 +264,31 @@ def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_sa
             1 / 0  # noqa: B018
     assert (folder / 'b').read_text() == 'first' and len(os.listdir(folder)) == 2
     assert os.listdir(tmp_path) == ['new']
-    refusal = r'folder/b cannot be written to \(Not a directory\)'
+    refusal = r'folder/b cannot be written to \(File exists\)'
     with pytest.raises(InputError, match=refusal), atomic_dir(folder / 'b'):
         pass
+
+
+def test_two_that_write_into_one_folder_at_once_publish_their_own_files_and_complete(tmp_path):
+    out = tmp_path / 'out'
+    with atomic_dir(out) as first:
+        (first / 'model').write_text('half')
+        with atomic_dir(out) as second:
+            (second / 'model').write_text('of the second')
+            (second / 'more').write_text('of the second')
+        assert {p.name: p.read_text() for p in out.iterdir() if p.is_file()} == {
+            'model': 'of the second', 'more': 'of the second'}
+        with pytest.raises(ZeroDivisionError), atomic_dir(out) as third:
+            (third / 'model').write_text('never')
+            1 / 0  # noqa: B018
+        (first / 'model').write_text('of the first')
+    assert {p.name: p.read_text() for p in out.iterdir()} == {'model': 'of the first', 'more': 'of the second'}
+
+    with atomic_dir(tmp_path / 'new') as first:  # one that fails leaves the folder to the other
+        with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / 'new'):
+            1 / 0  # noqa: B018
+        (first / 'model').write_text('of the first')
+    assert [p.name for p in (tmp_path / 'new').iterdir()] == ['model']
 
 
 # A model and its weights

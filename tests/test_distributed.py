@@ -249,7 +249,7 @@ def run(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=60))
+        timeout=datetime.timedelta(seconds=600))
     raised = {}
     try:
         for name, check in CHECKS.items():

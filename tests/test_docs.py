@@ -111,7 +111,6 @@ def env(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
                'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])}
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize('page', [str(page.relative_to(ROOT)) for page in PAGES])
 def test_every_block_runs_or_says_why_not(page, given, env, tmp_path, capsys):
     blocks = [block for block in read_blocks(ROOT / page) if block.language not in SHOWN]

@@ -20,8 +20,6 @@ from timm_mobileformer import MobileFormer
 from timm_mobileformer.cli import export, exporting, formats, main
 from timm_mobileformer.cli.console import InputError
 
-pytestmark = pytest.mark.timeout(900)  # whichever test comes first trains
-
 
 def needs(name):
     """Skip a test whose format cannot be exported on this machine, with the reason."""

@@ -157,7 +157,6 @@ def test_validate_reports_what_training_did(program, digits, trained):
     assert top1_of(printed) == pytest.approx(max(top1_by_epoch(trained).values()), abs=1e-4)
 
 
-@pytest.mark.timeout(900)
 def test_fine_tuning_recipe_carries_mnist_to_the_digits(program, digits, mnist):
     """One data set to the other, layer by layer slower."""
     program('train.py', *recipe_args(mnist, 8), '--output', '.', '--experiment', 'mnist')

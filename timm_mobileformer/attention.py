@@ -33,39 +33,51 @@ def _scores(tokens: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tens
     return torch.einsum('bnmc,bnchw->bnmhw', tokens * tokens.shape[3] ** -0.5, x)
 
 
+def _runs_without_hooks(module: nn.Module) -> bool:
+    """Whether a module is compiled, by `torch.compile` or in place, or scripted: hooks inside may not be called."""
+    return (module._compiled_call_impl is not None or hasattr(module, '_orig_mod')
+            or isinstance(module, torch.jit.ScriptModule))
+
+
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
     """Put the model in evaluation mode and record, at every bridge, what the attention there is made of."""
     net = model.model if isinstance(model, FeatureGetterNet) else model
-    compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    if compiled or not isinstance(net, MobileFormer):
+    unreadable = [f'{type(m).__name__} {name}'.strip() for name, m in model.named_modules() if _runs_without_hooks(m)]
+    if unreadable or not isinstance(net, MobileFormer):
         raise TypeError(
             'attention is read inside a Mobile-Former as create_model returns it, with features_only or without, '
-            f'before it is compiled, scripted or wrapped; not in {"compiled " * compiled}{type(net).__name__}')
+            'before it or a part of it is compiled, scripted or wrapped; not in '
+            f'{"compiled or scripted " + unreadable[0] if unreadable else type(net).__name__}')
 
+    bridges = {m: name for name, m in net.named_modules() if isinstance(m, (MobileToFormer, FormerToMobile))}
+    called: List[Tuple[nn.Module, torch.Tensor]] = []
     maps: List[BridgeAttention] = []
-    names = {m: n.removesuffix('.mobile_to_former') for n, m in net.named_modules() if isinstance(m, MobileToFormer)}
 
     def record(bridge: nn.Module, args: Tuple[torch.Tensor, torch.Tensor]) -> None:
         x, z = args
         if isinstance(bridge, MobileToFormer):
             scores = _scores(bridge.q(z), x, bridge.num_heads)
-            attn = scores.flatten(3).softmax(dim=3).view_as(scores)
-            maps.append(BridgeAttention(names[bridge], attn, None))
+            called.append((bridge, scores.flatten(3).softmax(dim=3).view_as(scores)))
         elif isinstance(bridge, FormerToMobile):
-            attn = _scores(bridge.k(z), x, bridge.num_heads).softmax(dim=2)
-            maps[-1] = maps[-1]._replace(former_to_mobile=attn)
+            called.append((bridge, _scores(bridge.k(z), x, bridge.num_heads).softmax(dim=2)))
 
     modes = [(m, m.training) for m in model.modules()]
     checkpointing = [(stage, stage.grad_checkpointing) for stage in net.stages]
     with ExitStack() as hooks:
-        for module in net.modules():
-            if isinstance(module, (MobileToFormer, FormerToMobile)):
-                hooks.enter_context(module.register_forward_pre_hook(record))
+        for bridge in bridges:
+            hooks.enter_context(bridge.register_forward_pre_hook(record))
         try:
             model.eval()
             net.set_grad_checkpointing(False)  # which would run the blocks again in backward, without the hooks
             yield maps
+            if [module for module, _ in called] != [*bridges]:
+                raise TypeError('attention cannot be read: not every bridge of the model was called once and in order')
+            for module, attn in called:
+                if isinstance(module, MobileToFormer):
+                    maps.append(BridgeAttention(bridges[module].removesuffix('.mobile_to_former'), attn, None))
+                else:
+                    maps[-1] = maps[-1]._replace(former_to_mobile=attn)
         finally:
             for stage, enabled in checkpointing:
                 stage.grad_checkpointing = enabled
@@ -89,7 +101,7 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> List[BridgeAttenti
         (with `features_only` it has not).
 
     Raises:
-        TypeError: The model is no Mobile-Former, or it is compiled, scripted or wrapped.
+        TypeError: The model is no Mobile-Former, or it or a part of it is compiled, scripted or wrapped.
     """
     with _recording(model) as maps:
         model(images)

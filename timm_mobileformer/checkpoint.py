@@ -61,6 +61,22 @@ class CheckpointMismatchError(RuntimeError):
     """A checkpoint does not fit the model."""
 
 
+def _names_in(state: Iterable[str]) -> Dict[str, str]:
+    """Our name of every tensor of the Mobile-Former in a model, and its name in the state dict of that model.
+
+    The Mobile-Former may be compiled, or part of another module, as with `features_only` and DistributedDataParallel.
+
+    Raises:
+        TypeError: There is none in the model, or it is reparameterized.
+    """
+    names = {name.replace('_orig_mod.', ''): name for name in state}
+    prefix = next((name.removesuffix('stem.bn.weight') for name in names if name.endswith('stem.bn.weight')), None)
+    if prefix is None:
+        raise TypeError('checkpoints are made to fit a Mobile-Former as create_model returns it, before '
+                        'reparameterize_model; pass that model')
+    return {name.removeprefix(prefix): full for name, full in names.items() if name.startswith(prefix)}
+
+
 def _authors_names(keys: Iterable[str]) -> Dict[str, str]:
     """The authors' name of every tensor of ours, which come in the order of the network."""
     names: Dict[str, str] = {}
@@ -92,19 +108,26 @@ def checkpoint_filter_fn(
 
     Args:
         state_dict: Tensors by name, or a training checkpoint that holds them.
-        model: The model to load, not reparameterized.
-        strict: Refuse missing and surplus tensors too; a warning names them otherwise.
+        model: The model to load, before `reparameterize_model`; it may be wrapped, compiled or part of another one.
+        strict: Refuse missing and surplus tensors too; a warning names them otherwise. A model with `features_only`
+            has no head, to which some tensors of a checkpoint belong.
+
+    Returns:
+        Tensors by their names in `model.state_dict()`.
 
     Raises:
         CheckpointMismatchError: Tensors are missing, surplus or of the wrong shape; the error names them as the
             checkpoint does.
+        TypeError: The model is no Mobile-Former, or it is reparameterized.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
             break
     state_dict = clean_state_dict(state_dict)
-    target = model.state_dict()
+    state = model.state_dict()
+    full_names = _names_in(state)
+    target = {name: state[full] for name, full in full_names.items()}
     keys = [*target, 'classifier.weight', 'classifier.bias']  # a model without classifier may be given one with it
     names = _authors_names(keys) if 'tokens.weight' in state_dict else {key: key for key in keys}
     ours = {name: key for key, name in names.items()}
@@ -124,4 +147,5 @@ def checkpoint_filter_fn(
         raise CheckpointMismatchError(message)
     if found:
         _logger.warning(message)
-    return out
+    prefix = full_names['stem.bn.weight'].removesuffix('stem.bn.weight')
+    return {full_names.get(name, f'{prefix}{name}'): tensor for name, tensor in out.items()}

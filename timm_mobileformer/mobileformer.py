@@ -545,7 +545,7 @@ class MobileFormer(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise every parameter and buffer as the authors do, also after `to_empty()`."""
+        """Initialise every parameter and buffer as the authors do, also after `to_empty()` and when folded."""
         if self.tokens is not None:
             nn.init.normal_(self.tokens)
         named_apply(_init_weights, self)
@@ -726,11 +726,16 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels  # not divided by groups
         nn.init.normal_(module.weight, std=(2. / fan_out) ** 0.5)
+        if module.bias is not None:  # of a BatchNorm that was folded
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)
         nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)):
         module.reset_parameters()
+    elif isinstance(module, DynamicReLU) and module.folded:  # after the linear layer in it
+        module.folded = False
+        module.fuse()
 
 
 def _cfg(variant: str = '', **kwargs: Any) -> Dict[str, Any]:

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
             maps, probabilities = attention_maps(model, x[None]), model(x[None]).softmax(dim=1)[0]
         values, indices = probabilities.topk(min(5, len(names)))
         top = [(names[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
-        with atomic_dir(out.parent, out.name) as folder:
+        with atomic_dir(out.parent) as folder:
             save_figure(draw((x * std + mean).clamp(0, 1), maps, top, path.name), folder / out.name, dpi=200)
             if args.npz:
                 np.savez_compressed(folder / f'{out.stem}.npz', **arrays(maps))

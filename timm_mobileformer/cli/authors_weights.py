@@ -91,7 +91,7 @@ def fetch(variant: str, folder: Path) -> Path:
     url = f'https://drive.google.com/file/d/{AUTHORS_FILES[variant]}/view'
     file = folder / f'mobile-former-{variant.split("_")[1]}.pth.tar'
     is_new = not file.exists()
-    with atomic_dir(folder, file.name) as temporary:
+    with atomic_dir(folder) as temporary:
         here = temporary / file.name if is_new else file
         try:
             if is_new:

@@ -1,9 +1,10 @@
-"""Files that are whole or not there."""
+"""Atomic writes, checksums and figures."""
 import hashlib
 import os
 import shutil
+import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -13,21 +14,23 @@ __all__ = ['save_figure', 'sha256', 'atomic_dir']
 
 
 @contextmanager
-def atomic_dir(folder: Path, name: str = 'all') -> Iterator[Path]:
-    """A folder to write to; when all is written, its files take their places in `folder`, with usual permissions.
+def atomic_dir(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files are moved to `folder` once all of them are written.
+
+    Nothing is moved if an exception is raised. The files get the permissions that the umask says. Several processes
+    may write to one folder at once; of two files of one name, the one that is moved last remains.
 
     Args:
-        folder: Where the files belong; made if it is not there.
-        name: Of what is written; another one for each process that may write there at once.
+        folder: Where the files belong; made if it does not exist.
 
     Raises:
         InputError: `folder` cannot be written to.
     """
-    temporary, is_new = folder / f'.{name}.unfinished', not folder.exists()
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    is_new, temporary = not folder.exists(), None
     try:
         try:
-            temporary.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp('.unfinished', '.', folder))
         except OSError as e:
             raise InputError(f'{folder} cannot be written to ({e.strerror}); name another') from e
         yield temporary
@@ -37,9 +40,11 @@ def atomic_dir(folder: Path, name: str = 'all') -> Iterator[Path]:
             shutil.copymode(usual, path)  # safetensors' files are their owner's alone
             os.replace(path, folder / path.name)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def sha256(path: Path) -> str:

@@ -40,6 +40,8 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f'--device {args.device}: {reason(e)}') from e
+    if device.type == 'meta':
+        raise InputError('--device meta holds shapes without values, nothing can be computed there')
     return device
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
 
-from timm_mobileformer import versions
+from timm_mobileformer import __version__, versions
 
 from .console import InputError, abbreviate
 
@@ -202,6 +202,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = Parser(
         prog='timm-mobileformer',
         description='Train, evaluate, export and publish Mobile-Former and other timm models.')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     subparsers = parser.add_subparsers(dest='subcommand', required=True, metavar='SUBCOMMAND')
     modules = {name: import_module(f'.{name}', __package__) for name in SUBCOMMANDS}
     for name, module in modules.items():

@@ -20,7 +20,7 @@ def open_table(path: Any) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    with atomic_dir(path.parent, path.name) as folder, open(
+    with atomic_dir(path.parent) as folder, open(
             folder / path.name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         yield file
 
