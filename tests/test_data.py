@@ -1,12 +1,8 @@
-"""Pictures are read as a viewer shows them, and folders as people have them."""
-import io
+"""Folders and tables are read as people have them."""
 import os
 import random
 import re
-import struct
-import zlib
 
-import numpy as np
 import pytest
 from PIL import Image
 from timm.utils.misc import natural_key
@@ -14,101 +10,6 @@ from timm.utils.misc import natural_key
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.folders import natural_order
-from timm_mobileformer.cli.images import check_images, read_image
-
-y, x = np.mgrid[:24, :32]
-COLORS = np.stack([8 * x, 10 * y, 255 - 4 * (x + y)], -1).clip(0, 255).astype(np.uint8)
-GRAY = (8 * x).astype(np.uint8)
-HALF = np.where(x < 16, 255, 0).astype(np.uint8)
-SHOWN = np.where(x[..., None] < 16, COLORS, 255)  # where HALF hides the rest
-
-
-def rgb(gray):
-    return np.stack([gray] * 3, -1)
-
-
-def png(array, bits, color, *chunks):
-    """A PNG of kinds that Pillow reads and does not write."""
-    height, width = array.shape[:2]
-    header = struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0)
-    rows = b''.join(b'\0' + row.tobytes() for row in array.astype(f'>u{bits // 8}'))
-    chunks = (b'IHDR' + header, *chunks, b'IDAT' + zlib.compress(rows), b'IEND')
-    return b'\x89PNG\r\n\x1a\n' + b''.join(
-        struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk)) for chunk in chunks)
-
-
-def saved(image, kind='PNG', **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def turned(orientation, kind):
-    """The colours as a camera that was held otherwise writes them."""
-    exif = Image.Exif()
-    exif[274] = orientation
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the Image.Transpose to undo
-    return saved(Image.fromarray(COLORS).transpose(Image.Transpose(back)), kind, exif=exif,
-                 **(dict(lossless=True, exact=True) if kind == 'WEBP' else {}))
-
-
-palette = Image.fromarray(GRAY).convert('P')
-palette.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
-PALETTE = np.stack([GRAY, 255 - GRAY, np.full_like(GRAY, 7)], -1)
-see_through = Image.fromarray(np.dstack([COLORS, HALF]))
-twelve_bits = (GRAY.astype(np.uint16) * 4095 // 248)
-
-KINDS = {
-    'RGB': (saved(Image.fromarray(COLORS)), COLORS),
-    'gray': (saved(Image.fromarray(GRAY)), rgb(GRAY)),
-    '1 bit': (saved(Image.fromarray(HALF).convert('1')), rgb(HALF)),
-    'palette': (saved(palette), PALETTE),
-    'palette, one colour transparent': (saved(palette, transparency=8), np.where((GRAY == 8)[..., None], 255, PALETTE)),
-    'palette, transparency of every colour': (saved(palette, transparency=bytes(255 * (i != 8) for i in range(256))),
-                                              np.where((GRAY == 8)[..., None], 255, PALETTE)),
-    'RGBA': (saved(see_through), SHOWN),
-    'RGBA, half transparent': (saved(Image.fromarray(np.dstack([COLORS, np.full_like(GRAY, 102)]))),
-                               255 - (255 - COLORS.astype(int)) * 2 / 5),
-    'RGBA, WebP': (saved(see_through, 'WEBP', lossless=True), SHOWN),
-    'RGBA, TIFF': (saved(see_through, 'TIFF'), SHOWN),
-    'RGB, one colour transparent': (png(COLORS, 8, 2, struct.pack('>4sHHH', b'tRNS', *COLORS[5, 5])),
-                                    np.where(np.equal(COLORS, COLORS[5, 5]).all(-1, keepdims=True), 255, COLORS)),
-    'gray with alpha': (saved(Image.fromarray(np.dstack([GRAY, HALF]), 'LA')), rgb(np.where(HALF, GRAY, 255))),
-    'gray, one transparent': (saved(Image.fromarray(GRAY), transparency=16), rgb(np.where(GRAY == 16, 255, GRAY))),
-    'GIF, transparent': (saved(palette, 'GIF', transparency=8), np.where((GRAY == 8)[..., None], 255, PALETTE)),
-    'CMYK, TIFF': (saved(Image.fromarray(np.dstack([255 - COLORS, 0 * GRAY]), 'CMYK'), 'TIFF'), COLORS),
-    '16 bits': (png(GRAY * 257., 16, 0), rgb(GRAY)),
-    '16 bits, one transparent': (png(GRAY * 257., 16, 0, struct.pack('>4sH', b'tRNS', 16 * 257)),
-                                 rgb(np.where(GRAY == 16, 255, GRAY))),
-    '16 bits, RGB': (png(COLORS * 257., 16, 2), COLORS),
-    '16 bits, RGBA': (png(np.dstack([COLORS, HALF]) * 257., 16, 6), SHOWN),
-    '16 bits, TIFF': (saved(Image.fromarray(GRAY.astype(np.uint16) * 257), 'TIFF'), rgb(GRAY)),
-    '12 of 16 bits': (saved(Image.fromarray(twelve_bits)), rgb(twelve_bits / 4095 * 255)),
-    '8 of 16 bits': (saved(Image.fromarray(GRAY.astype(np.uint16))), rgb(GRAY)),
-    '32 bits with signs': (saved(Image.fromarray(GRAY.astype(np.int32) * 40 - 1000), 'TIFF'), rgb(GRAY / 248 * 255)),
-    'float': (saved(Image.fromarray(GRAY.astype(np.float32) / 1000), 'TIFF'), rgb(GRAY / 248 * 255)),
-    'float, not all finite': (saved(Image.fromarray(np.where(HALF, GRAY, [[np.nan], [np.inf]] * 12).astype(np.float32)),
-                                    'TIFF'), rgb(np.where(HALF, GRAY / 120 * 255, [[0], [255]] * 12))),
-    'float, all the same': (saved(Image.fromarray(np.full((24, 32), 7, np.float32)), 'TIFF'), np.zeros_like(COLORS)),
-    'several': (saved(Image.fromarray(COLORS), 'TIFF', save_all=True, append_images=[Image.fromarray(GRAY)]), COLORS),
-    **{f'turned, {kind} {i}': (turned(i, kind), COLORS) for kind in ('PNG', 'WEBP', 'TIFF') for i in range(2, 9)},
-}
-
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path, kind):
-    data, wanted = KINDS[kind]
-    (tmp_path / 'picture').write_bytes(data)
-    image = read_image(tmp_path / 'picture')
-    assert image.mode == 'RGB'
-    assert np.abs(np.asarray(image, float) - wanted).max() <= 1
-
-
-@pytest.mark.parametrize('kind', ['turned, PNG 6', 'CMYK, TIFF', 'RGB'])
-def test_a_jpeg_is_read_as_a_viewer_shows_it_but_for_compression(tmp_path, kind):
-    with Image.open(io.BytesIO(KINDS[kind][0])) as image:
-        image.save(tmp_path / 'picture', 'JPEG', quality=100, subsampling=0, exif=image.getexif())
-    assert np.abs(np.asarray(read_image(tmp_path / 'picture'), float) - COLORS).mean() < 2
 
 
 def draw(root, *names):
@@ -168,8 +69,8 @@ def beside(root, name):
     (lambda root: draw(root, 'train/a/deep/er/5.png'), None),
     (lambda root: draw(root, 'train/c/5.png'), 'not among the held-out images: c'),
     (lambda root: draw(root, 'val/c/5.png'), 'only among the held-out images, and left out: c'),
-    (lambda root: [beside(root, f'train/{name}') for name in ('a/5.heic', 'b/6.HEIC', 'a/x.txt', 'a/README')],
-     'passed over: 2 .heic, 1 without a type, 1 .txt'),
+    (lambda root: [beside(root, f'train/{name}') for name in ('a/5.doc', 'b/6.DOC', 'a/x.txt', 'a/README')],
+     'passed over: 2 .doc, 1 without a type, 1 .txt'),
     (lambda root: draw(root, 'val/5.png'), 'outside of class folders, and passed over: {root}/val/5.png'),
     (lambda root: (root / 'train' / 'c').mkdir(), 'without images, and no class: {root}/train/c'),
     (lambda root: draw(root, 'extra/a/5.png'), 'left alone in {root}: extra'),
@@ -304,19 +205,3 @@ def test_a_pattern_that_does_not_fit_is_refused(tmp_path, pattern, wanted):
 def test_classes_may_be_called_like_splits(tmp_path):
     draw(tmp_path, 'valid/1.png', 'valid/2.png', 'invalid/3.png', 'invalid/4.png', 'train/5.png', 'train/6.png')
     assert open_data(tmp_path).classes == ['invalid', 'train', 'valid']
-
-
-@pytest.mark.parametrize('name, spoil', [
-    ('a.png', lambda path: path.write_bytes(path.read_bytes()[:-40])),
-    ('a.jpg', lambda path: path.write_bytes(path.read_bytes()[:-40])),
-    ('a.png', lambda path: path.write_bytes(b'no picture')),
-    ('a.png', lambda path: (path.unlink(), path.symlink_to('nowhere'))),
-    ('a.png', lambda path: (path.unlink(), path.symlink_to(path))),
-    ('a.png', lambda path: (path.unlink(), os.mkfifo(path))),
-    ('a.png', lambda path: Image.new('L', (1001, 1)).save(path)),
-])
-def test_a_picture_that_cannot_be_used_is_named(tmp_path, name, spoil):
-    draw(tmp_path, name, 'b.png')
-    spoil(tmp_path / name)
-    with pytest.raises(InputError, match=re.escape(f'1 of 2 images cannot be used: {tmp_path / name} (')):
-        check_images([str(tmp_path / name), str(tmp_path / 'b.png')], 2)

@@ -13,7 +13,7 @@ from timm_mobileformer.attention import BridgeAttention, attention_maps
 from .console import progress
 from .files import atomic_dir, save_figure
 from .images import check_images, read_image
-from .load import class_names, load_mobileformer
+from .load import class_names, load_mobileformer, reading_options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     transform: Any = create_transform(**config)
     mean, std = (torch.tensor(config[k]).view(3, 1, 1) for k in ('mean', 'std'))
     for path, out in zip(progress(args.images, unit='image'), args.output, strict=True):
-        x = transform(read_image(path))
+        x = transform(read_image(path, **reading_options(model)))
         with torch.inference_mode():
             maps, probabilities = attention_maps(model, x[None]), model(x[None]).softmax(dim=1)[0]
         values, indices = probabilities.topk(min(5, len(names)))

@@ -1,5 +1,6 @@
 """A model that classifies images, in PyTorch or in an exported ONNX file."""
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Union
 
@@ -9,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .console import InputError, progress, reason
 from .formats import open_onnx
-from .images import try_to_read
+from .images import decode, try_to_read
 from .load import class_names, load_model, pick_device, read_names
-from .metadata import describe, make_transform, read_metadata
+from .metadata import ExportMetadata, describe, make_transform, read_metadata
 
 __all__ = ['Classifier', 'open_classifier']
 
@@ -19,12 +20,13 @@ __all__ = ['Classifier', 'open_classifier']
 class Attempts(Dataset):
     """Images as tensors, or, for those that cannot be read, the reason."""
 
-    def __init__(self, paths: Sequence[str], transform: Any):
+    def __init__(self, paths: Sequence[str], read: Any, transform: Any):
         self.paths = paths
+        self.read = read
         self.transform = transform
 
     def __getitem__(self, index: int) -> Union[torch.Tensor, str]:
-        image = try_to_read(self.paths[index])
+        image = try_to_read(self.paths[index], self.read)
         return image if isinstance(image, str) else self.transform(image)
 
     def __len__(self) -> int:
@@ -35,13 +37,15 @@ class Classifier(NamedTuple):
     """A model and its preprocessing.
 
     Attributes:
-        transform: Makes a tensor of an RGB image, (C, H, W).
+        transform: Makes a tensor of an image, (C, H, W).
         run: Takes such tensors, returns logits (N, classes), or log-probabilities, on the CPU in float32.
         label_names: Names of the classes, by index.
+        read: Makes an image of an opened file, as `decode`.
     """
     transform: Any
     run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     label_names: List[str]
+    read: Callable[[Any], Any]
 
     @torch.inference_mode()
     def classify(self, paths: Sequence[str], args: argparse.Namespace) -> Iterator[Union[torch.Tensor, str]]:
@@ -50,7 +54,7 @@ class Classifier(NamedTuple):
         No more than a few batches of preprocessed images are in memory at a time.
         """
         loader = DataLoader(
-            Attempts(paths, self.transform), args.batch_size, num_workers=args.workers,
+            Attempts(paths, self.read, self.transform), args.batch_size, num_workers=args.workers,
             collate_fn=list)  # type: ignore[arg-type]
         with progress(total=len(paths), unit='image') as bar:
             for batch in loader:
@@ -58,6 +62,11 @@ class Classifier(NamedTuple):
                 logits = iter(self.run(images) if images else ())
                 yield from (image if isinstance(image, str) else next(logits) for image in batch)
                 bar.update(len(batch))
+
+
+def make_reader(about: ExportMetadata) -> Callable[[Any], Any]:
+    """Return what makes an image of an opened file, as the description of a model says."""
+    return partial(decode, mode=about['input_color'], white_level=about['input_white_level'])
 
 
 def open_onnx_file(args: argparse.Namespace) -> Classifier:
@@ -81,7 +90,8 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
         return answer.clamp(min=torch.finfo(answer.dtype).tiny).log() if raw else answer
 
     names = about['label_names']
-    return Classifier(make_transform(about), run, read_names(args.class_map, len(names)) if args.class_map else names)
+    names = read_names(args.class_map, len(names)) if args.class_map else names
+    return Classifier(make_transform(about), run, names, make_reader(about))
 
 
 def open_classifier(args: argparse.Namespace) -> Classifier:
@@ -96,5 +106,5 @@ def open_classifier(args: argparse.Namespace) -> Classifier:
     model = load_model(args).eval().to(device)
     names = class_names(model, args.class_map)
     about = describe(model, resolve_model_data_config(model, vars(args)), names)
-    return Classifier(
-        make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(), names)
+    return Classifier(make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(),
+                      names, make_reader(about))

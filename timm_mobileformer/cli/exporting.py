@@ -18,7 +18,7 @@ from .digits import folder_or_digits
 from .files import atomic_dir
 from .formats import FORMATS, Raw, Run
 from .images import Pictures, check_images
-from .load import class_names, load_model
+from .load import class_names, load_model, reading_options
 from .metadata import describe, write_metadata
 from .options import DATA_OPTIONS, data_arguments
 from .training import fingerprint, read_state
@@ -51,7 +51,7 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
 
     def load(samples: Sequence[Tuple[str, int]]) -> Loader:
         return create_loader(
-            Pictures(samples), batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
+            Pictures(samples, **reading_options(model)), batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
             device=torch.device('cpu'), **data_config)
 
     if root:

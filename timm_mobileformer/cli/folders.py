@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from .console import InputError, abbreviate, quote
-from .images import SUFFIXES
+from .images import PLUGINS, SUFFIXES
 from .options import ARCHIVES
 
 __all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'natural_order', 'split_of']
@@ -158,7 +158,9 @@ class ImageScan:
         return splits
 
     def of_types(self, verb: str) -> str:
-        return verb + ' ' + abbreviate(f'{n:,} {kind}' for kind, n in self.types.most_common()) if self.types else ''
+        hints = {kind: f' (pip install {PLUGINS[kind]} reads them)' for kind in self.types if kind in PLUGINS}
+        kinds = [f'{n:,} {kind}{hints.get(kind, "")}' for kind, n in self.types.most_common()]
+        return f'{verb} {abbreviate(kinds)}' if kinds else ''
 
     def remarks(self) -> List[str]:
         return [text for text in (

@@ -1,111 +1,231 @@
-"""Reading images: decoding, orientation, transparency, grayscale of more than 8 bits."""
+"""Reading images: decoding, orientation, colour profiles, transparency, grayscale of more than 8 bits."""
+import importlib
+import importlib.util
+import io
+import math
 import os
+import random
 import warnings
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from .console import InputError, abbreviate, progress
 
-__all__ = ['SUFFIXES', 'Pictures', 'check_images', 'read_image', 'try_to_read']
+__all__ = ['PLUGINS', 'SUFFIXES', 'Pictures', 'check_images', 'decode', 'read_crop', 'read_image',
+           'try_to_read']
 
+T = TypeVar('T')
 warnings.filterwarnings('ignore', module='PIL')  # about metadata, and sizes that are read all the same
 
 Image.init()
+# Packages with plugins for what Pillow itself does not read, by suffix
+PLUGINS = {'.heic': 'pillow-heif', '.heif': 'pillow-heif', '.hif': 'pillow-heif', '.jxl': 'pillow-jxl-plugin'}
+for package, module in ('pillow_heif', 'pillow_heif.HeifImagePlugin'), ('pillow_jxl', 'pillow_jxl'):
+    if importlib.util.find_spec(package):
+        importlib.import_module(module)  # registers itself
 NOT_READ = ('BUFR', 'GRIB', 'HDF5', 'MPEG', 'PALM', 'PDF', 'WMF')  # Pillow knows their names, and cannot decode them
 SUFFIXES = frozenset(s for s, kind in Image.registered_extensions().items() if kind not in NOT_READ)
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """A gray picture of more than 8 bits, scaled to 0 ... 255.
 
-    Whole numbers are taken for 8, 12 or 16 bits, the fewest that hold those of the picture: a 16-bit PNG is what every
-    viewer shows, and the 12 bits of many a camera and scanner are not left nearly black. Where there are fractions,
-    negative or greater numbers, the smallest of the picture becomes black and the greatest white.
+def is_16_bit(values: np.ndarray) -> bool:
+    """Whether values of a grayscale image are integers from 0 to 65535."""
+    return values.dtype.kind in 'iu' and values.min() >= 0 and values.max() < 2 ** 16
+
+
+def fewest_bits(maximum: int) -> int:
+    """The greatest value of the fewest bits, of those that cameras and scanners have, that hold `maximum`."""
+    return next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if maximum < 2 ** bits)
+
+
+def to_8_bits(image: Image.Image, white_level: Optional[int] = None) -> Image.Image:
+    """Scale a grayscale image of more than 8 bits to 0 ... 255.
+
+    Integers from 0 to 65535 are divided by `white_level`; greater ones become white. Where there are fractions, or
+    integers that are negative or greater, the smallest value of the image becomes black and the greatest white.
+
+    Args:
+        image: Of one of Pillow's modes I and F.
+        white_level: Which value is white; by default, the greatest of 8, 10, 12, 14 or 16 bits, the fewest that hold
+            the values of this image.
     """
     values = np.asarray(image)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
-    if values.dtype.kind in 'iu' and low >= 0 and high < 2 ** 16:
-        low, high = 0., next(2. ** bits - 1 for bits in (8, 12, 16) if high < 2 ** bits)
+    if is_16_bit(values):
+        low, high = 0., white_level or fewest_bits(int(high))
     scaled = ((values.astype(np.float64) - low) / ((high - low) or 1)).clip(0, 1)
     pixels = np.rint(255 * np.nan_to_num(scaled)).astype(np.uint8)
     pixels[values == image.info.get('transparency', -1)] = 255
     return Image.fromarray(pixels)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+@lru_cache(maxsize=16)
+def profile_transform(profile: bytes, mode: str) -> Optional[ImageCms.ImageCmsTransform]:
+    """The conversion of images of a mode from an ICC profile to sRGB.
+
+    None if the profile is damaged or made for another mode, since viewers ignore those, or is sRGB itself to one level
+    of 255, so that the usual photograph keeps its exact pixels.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile('sRGB'), mode, 'RGB')
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    grid = np.stack(np.meshgrid(*bands * [np.arange(0, 256, 15).astype(np.uint8)]), -1).reshape(1, -1, bands)
+    colors = Image.frombytes(mode, grid.shape[1::-1], grid.tobytes())
+    changes = np.asarray(transform.apply(colors), np.int16) - np.asarray(colors.convert('RGB'))
+    return transform if np.abs(changes).max() > 1 else None
+
+
+def to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
+    """Convert an image, without its transparency, to RGB by its ICC profile."""
+    mode = {'1': 'L', 'L': 'L', 'LA': 'L', 'CMYK': 'CMYK', 'LAB': 'LAB'}.get(image.mode, 'RGB')
+    transform = profile_transform(profile, mode) if profile else None
+    image = image.convert(mode)
+    return transform.apply(image) if transform else image.convert('RGB')
+
+
+def decode(image: Image.Image, mode: str = 'RGB', white_level: Optional[int] = None) -> Image.Image:
+    """Convert an opened image, as `read_image` does one in a file."""
     ImageOps.exif_transpose(image, in_place=True)
+    profile = image.info.get('icc_profile')
     if image.mode[0] in 'IF':
-        image = to_8_bits(image)
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
+        image = to_8_bits(image, white_level)
+    alpha = image.convert('RGBA').getchannel('A') if image.has_transparency_data else None
+    image = to_srgb(image, profile)
+    if alpha:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+    return image.convert(mode)
 
 
-def read_image(path: Union[str, Path]) -> Image.Image:
-    """The picture that a viewer shows, in RGB: upright, transparency over white, of several the first.
+def read_image(path: Union[str, Path], mode: str = 'RGB', white_level: Optional[int] = None) -> Image.Image:
+    """Read an image as a viewer shows it: upright, in sRGB, over white where transparent, of several the first.
+
+    Args:
+        path: Of the file.
+        mode: 'RGB', or 'L' for grayscale.
+        white_level: Which value of a 16-bit grayscale image is white; see `to_8_bits`.
 
     Raises:
         Exception: The file cannot be read; Pillow's decoders raise many kinds.
     """
     with Image.open(path) as image:
-        return to_rgb(image)
+        return decode(image, mode, white_level)
+
+
+def read_crop(
+        path: Union[str, Path],
+        crop: RandomResizedCropAndInterpolation,
+        mode: str = 'RGB',
+        white_level: Optional[int] = None,
+) -> Image.Image:
+    """Read a random crop of an image: `crop(read_image(path, …))`, but for JPEGs that are larger than needed.
+
+    These are decoded at 1/2, 1/4 or 1/8 of their size, the smallest at which the crop still has twice the width and
+    height that are asked for, so that nothing is blurred. The crop is that of the full size, drawn by the same random
+    numbers.
+    """
+    height, width = crop.size
+    with Image.open(path) as file:
+        is_jpeg = isinstance(file, JpegImageFile)  # whose size comes from the header, decoded and turned it is later
+        image = file if is_jpeg else decode(file, mode, white_level)
+        orientation = file.getexif().get(ExifTags.Base.Orientation) if is_jpeg else 1
+        size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        top, left, h, w = crop.get_params(torch.empty(size[::-1], device='meta'), crop.scale, crop.ratio)
+        resample = crop.interpolation
+        resample = random.choice(resample) if isinstance(resample, (tuple, list)) else resample
+        box = np.array([left, top, left + w, top + h], float)
+        if is_jpeg:
+            divisor = max(d for d in (1, 2, 4, 8) if d == 1 or d <= min(w // (2 * width), h // (2 * height)))
+            file.draft(None, (file.width // divisor, file.height // divisor))
+            image = decode(file, mode, white_level)
+            padding = np.array(image.size) - np.array(size) / divisor  # at the right and bottom edges of the file,
+            turned = [orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)]  # which may be at the left and the top
+            box = box / divisor + np.tile(padding * turned, 2)
+    x, y = math.floor(box[0]), math.floor(box[1])
+    image = image.crop((x, y, math.ceil(box[2]), math.ceil(box[3])))
+    return image.resize((width, height), Image.Resampling[resample.name], tuple(box - (x, y, x, y)))
 
 
 class Pictures(Dataset):
-    """Paths and class indices as a dataset for timm's `create_loader`, which sets `transform`."""
+    """Paths and class indices as a dataset for timm's `create_loader`, which sets `transform`.
+
+    Where that begins with timm's random crop, to train, images are read by `read_crop`, else by `read_image`.
+
+    Args:
+        samples: Path and class index of each image.
+        **reading: Arguments of these functions.
+    """
     transform: Any = None
 
-    def __init__(self, samples: Sequence[Tuple[str, int]]) -> None:
+    def __init__(self, samples: Sequence[Tuple[str, int]], **reading: Any) -> None:
         self.samples = list(samples)
+        self.reading = reading
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
-        return self.transform(read_image(path)), target
+        first, *others = self.transform.transforms
+        if isinstance(first, RandomResizedCropAndInterpolation):
+            image = read_crop(path, first, **self.reading)
+        else:
+            image = first(read_image(path, **self.reading))
+        return Compose(others)(image), target
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-def try_to_read(path: str, fast: bool = False) -> Union[Image.Image, str]:
-    """A picture as `read_image` gives it, or what keeps it from being read to its last byte or from being used.
-
-    Args:
-        path: Of the file.
-        fast: A JPEG may come at an eighth of its size.
-    """
+def try_to_read(path: str, read: Callable[[Image.Image], T]) -> Union[T, str]:
+    """What `read` makes of the image in a file once it is opened, or what keeps the image from being used."""
     try:
         if not os.path.isfile(path) and os.path.exists(path):
             return 'not a file'  # waiting for a pipe would take forever
         with Image.open(path) as image:
             if max(image.size) > 1000 * min(image.size):
                 return f'{image.width} × {image.height} pixels'  # to a square, it would fill the memory
-            if fast:
-                image.draft('RGB', (1, 1))
-            return to_rgb(image)
+            return read(image)
     except Exception as e:  # Pillow's decoders raise many kinds
         return getattr(e, 'strerror', None) or str(e).replace(repr(path), '').strip() or type(e).__name__
 
 
-def why_unreadable(path: str) -> Optional[str]:
-    """What keeps a picture from being used, or None."""
-    picture = try_to_read(path, fast=True)
-    return picture if isinstance(picture, str) else None
+def check(image: Image.Image) -> int:
+    """Decode an image to its last byte, a JPEG at an eighth of its size.
+
+    Returns:
+        The greatest value of 16-bit grayscale, 0 for other images.
+    """
+    image.draft('RGB', (1, 1))
+    values = np.asarray(image) if image.mode[0] == 'I' else np.zeros(1)
+    decode(image)
+    return int(values.max()) if is_16_bit(values) else 0
 
 
-def check_images(paths: Sequence[str], workers: int) -> None:
-    """Read all pictures once.
+def check_images(paths: Sequence[str], workers: int) -> Optional[int]:
+    """Read all images once.
+
+    Returns:
+        The `white_level` of all 16-bit grayscale images together, None if there are none; see `to_8_bits`.
 
     Raises:
         InputError: Some cannot be read, or are too thin; names them.
     """
     with ThreadPool(max(workers, 1)) as pool:
-        reasons = list(progress(pool.imap(why_unreadable, paths, chunksize=16), 'checking images', len(paths)))
-    bad = [f'{path} ({why})' for path, why in zip(paths, reasons, strict=True) if why]
+        read = partial(try_to_read, read=check)
+        results = list(progress(pool.imap(read, paths, chunksize=16), 'checking images', len(paths)))
+    bad = [f'{path} ({result})' for path, result in zip(paths, results, strict=True) if isinstance(result, str)]
     if bad:
         raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {abbreviate(bad)}')
+    maximum = max((result for result in results if isinstance(result, int)), default=0)
+    return fewest_bits(maximum) if maximum else None

@@ -27,9 +27,11 @@ from .console import InputError, quote, reason
 
 __all__ = [
     'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args', 'pick_device',
-    'read_checkpoint', 'read_names', 'set_data_config']
+    'read_checkpoint', 'read_names', 'reading_options', 'set_data_config', 'set_white_level']
 
 HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
+MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by the number of channels
+WHITE_LEVEL = 'white_level='  # begins a note in a `pretrained_cfg`, whose fields timm restricts
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
@@ -135,6 +137,21 @@ def set_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
     return data_config
 
 
+def set_white_level(model: Any, white_level: Optional[int]) -> None:
+    """Note in a model's `pretrained_cfg` which value of 16-bit grayscale images is white; None if there were none."""
+    cfg = model.pretrained_cfg
+    notes = [note for note in cfg.get('notes') or () if not note.startswith(WHITE_LEVEL)]
+    cfg['notes'] = [*notes, f'{WHITE_LEVEL}{white_level}'] if white_level else notes or None
+
+
+def reading_options(model: Any) -> Dict[str, Any]:
+    """The arguments of `images.read_image` for a model: the channels that it takes, and the note of its training."""
+    cfg = model.pretrained_cfg
+    notes = [note for note in cfg.get('notes') or () if note.startswith(WHITE_LEVEL)]
+    white_level = int(notes[0].removeprefix(WHITE_LEVEL)) if notes else None
+    return {'mode': MODES[cfg['input_size'][0]], 'white_level': white_level}
+
+
 def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]) -> str:
     """Return why a model could not be created and what to do, in terms of the command line."""
     if file:
@@ -191,10 +208,11 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
     model.pretrained_cfg.pop('state_dict', None)
     if trained:
         set_data_config(model, trained)
+        set_white_level(model, trained.get('white_level'))
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
-    if (channels := model.pretrained_cfg['input_size'][0]) != 3:
-        raise InputError(f'{args.model} takes images of {channels} channels, but images are read as RGB, 3 channels')
+    if (channels := model.pretrained_cfg['input_size'][0]) not in MODES:
+        raise InputError(f'{args.model} takes images of {channels} channels, but files are read as 3 (RGB) or 1 (gray)')
     if model.num_classes == 0:
         raise InputError(f'the weights of {file or args.model} have no classifier')
     return model

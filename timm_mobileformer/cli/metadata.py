@@ -10,12 +10,14 @@ from typing import Any, Dict, List
 from timm.data import create_transform
 
 from .console import InputError, abbreviate
+from .load import reading_options
 
 __all__ = ['ExportMetadata', 'describe', 'make_transform', 'read_metadata', 'write_metadata']
 
 ExportMetadata = Dict[str, Any]
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
 KEYS = (*PREPROCESSING, 'input_name', 'input_dtype', 'output_name', 'label_names')  # that using a file needs
+OPTIONAL = {'input_color': 'RGB', 'input_white_level': None}  # files written before these keys have these values
 
 
 def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], raw: bool = False) -> ExportMetadata:
@@ -28,12 +30,17 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
         raw: It takes pictures of its size as they are, and returns probabilities.
     """
     channels, height, width = data_config['input_size']
+    reading = reading_options(model)
     return {
         'architecture': model.pretrained_cfg['architecture'],
         'input_name': 'images',
         'input_shape': ['batch', height, width, channels] if raw else ['batch', channels, height, width],
         'input_layout': 'NHWC' if raw else 'NCHW',
-        'input_color': 'RGB',
+        'input_color': reading['mode'],
+        'input_orientation': 'upright, as EXIF says',
+        'input_profile': 'ICC profile converted to sRGB',
+        'input_transparency': 'over white',
+        'input_white_level': reading['white_level'],  # of 16-bit grayscale; null: see `images.to_8_bits`
         'input_dtype': 'uint8' if raw else 'float32',  # of 0 ... 255, or of 0 ... 1 less mean and over std
         **{key: data_config[key] for key in PREPROCESSING},
         'output_name': 'probabilities' if raw else 'logits',
@@ -61,7 +68,7 @@ def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
     """
     try:
         if not (lacking := [key for key in KEYS if key not in metadata]):
-            return {key: json.loads(metadata[key]) for key in KEYS}
+            return {**OPTIONAL, **{key: json.loads(metadata[key]) for key in (*KEYS, *OPTIONAL) if key in metadata}}
     except ValueError:
         lacking = ['values in JSON']
     raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '

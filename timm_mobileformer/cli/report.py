@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -88,7 +88,7 @@ def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
 
 
 def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targets: torch.Tensor, classes: List[str],
-                     rows: int = 5, cols: int = 6) -> None:
+                     white_level: Optional[int] = None, rows: int = 5, cols: int = 6) -> None:
     """Draw pictures and predictions, the mistakes first and then the least certain."""
     from matplotlib.figure import Figure
 
@@ -105,7 +105,7 @@ def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targ
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     for i, axes in zip(order, all_axes, strict=False):
-        image = read_image(paths[i])
+        image = read_image(paths[i], white_level=white_level)
         image.thumbnail((400, 400))
         axes.imshow(image, interpolation='nearest' if max(image.size) < 64 else 'antialiased')
         axes.set_title(f'{name_lines(classes[predictions[i]])}\n{100 * confidence[i]:.0f} %', fontsize=10, pad=3,
@@ -130,5 +130,5 @@ def report(args: argparse.Namespace, data: Data, logits: torch.Tensor, targets: 
         if importlib.util.find_spec('matplotlib'):
             draw_curve(folder / 'curve.png', history)
             draw_predictions(folder / 'predictions.png', [path for path, _ in data.held_out.samples],
-                             logits.softmax(-1), targets, data.classes)
+                             logits.softmax(-1), targets, data.classes, data.held_out.reading.get('white_level'))
     return summarize(predictions, targets, rows)

@@ -32,7 +32,15 @@ from .data import Data, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
 from .images import check_images
-from .load import find_model, load_model, model_args, pick_device, set_data_config
+from .load import (
+    find_model,
+    load_model,
+    model_args,
+    pick_device,
+    reading_options,
+    set_data_config,
+    set_white_level,
+)
 from .options import data_arguments
 from .report import History, best_epoch, report
 
@@ -188,7 +196,10 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         model.load_state_dict(state['state_dict'])
         history = state['history']
     loaders = make_loaders(args, data, model, device)
-    check_images([path for side in (data.train, data.held_out) for path, _ in side.samples], args.workers)
+    args.white_level = check_images(
+        [path for side in (data.train, data.held_out) for path, _ in side.samples], args.workers)
+    set_white_level(model, args.white_level)
+    data.train.reading = data.held_out.reading = reading_options(model)
     data_config = set_data_config(model, vars(args))
     model.pretrained_cfg.update(
         tag='finetuned', num_classes=len(data.classes), label_offset=None, test_input_size=None, test_pool_size=None,
