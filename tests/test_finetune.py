@@ -1,12 +1,14 @@
 """`timm-mobileformer finetune`: what it reaches, what it leaves behind, how it goes on, and what it refuses."""
 import argparse
 import csv
+import json
 import os
 import random
 import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,16 @@ import timm
 import torch
 from PIL import Image, ImageDraw
 from timm.data import create_dataset, create_loader, resolve_model_data_config
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import RandomSampler
 
 from timm_mobileformer.cli import main
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.report import draw_curve, draw_predictions
-from timm_mobileformer.cli.training import make_loaders
+from timm_mobileformer.cli.training import EvenBatches, make_loaders, set_batches
 
-TINY = ('--model', 'test_mobileformer', '--img-size', '64', '--epochs', '2', '--batch-size', '16', '--device', 'cpu',
-        '--workers', '0')
+TINY = ('--model', 'test_mobileformer', '--img-size', '64', '--epochs', '2', '--batch-size', '16',
+        '--epoch-repeats', '1', '--device', 'cpu', '--workers', '0')
 EVERY_EPOCH = {'config.json', 'model.safetensors', 'last.pth.tar', 'summary.csv'}
 FILES = EVERY_EPOCH | {'classes.csv', 'confusion.csv', 'curve.png', 'predictions.png'}
 
@@ -137,8 +141,8 @@ def test_the_digits_are_learnt_by_the_bare_command_from_the_first_epochs_on(fine
 def test_photographs_are_learnt_in_eighty_steps_and_what_is_reported_is_what_is_kept(tmp_path, capsys, tiles):
     """What is kept must not lag behind what was trained: averages of all, BatchNorm's averages too, have 20 to 40 %."""
     assert not run_here('--data-dir', tiles, '--model', 'mobileformer_52m', '--img-size', 64, '--epochs', 8,
-                        '--batch-size', 12, '--lr', 2e-3, '--scale', 0.7, 1, '--hflip', 0, '--device', 'cpu',
-                        '--workers', 0, '--output', tmp_path / 'out')
+                        '--batch-size', 12, '--epoch-repeats', 1, '--lr', 2e-3, '--scale', 0.7, 1, '--hflip', 0,
+                        '--device', 'cpu', '--workers', 0, '--output', tmp_path / 'out')
     top1 = top1_printed(capsys.readouterr().out)
     assert top1 >= 50
     by_epoch = top1_by_epoch(tmp_path / 'out')
@@ -214,7 +218,66 @@ def test_a_run_is_resumed_as_it_was_and_on_the_same_pictures(tmp_path, shapes, c
     assert 'other pictures' in refused(capsys, '--resume', out, '--data-dir', tmp_path / 'moved')
     (out / 'last.pth.tar').write_bytes((out / 'last.pth.tar').read_bytes()[:1000])
     assert 'damaged' in refused(capsys, '--resume', out, '--data-dir', tmp_path / 'moved')
-    assert 'is there already' in refused(capsys, '--data-dir', tmp_path / 'moved', *TINY, '--output', out)
+    assert 'is not empty' in refused(capsys, '--data-dir', tmp_path / 'moved', *TINY, '--output', out)
+
+
+def test_a_run_is_resumed_from_another_directory_and_for_more_epochs(tmp_path, shapes, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not run_here('--data-dir', 'shapes', *TINY, '--epochs', 1, '--output', 'first')
+    assert not run_here('--data-dir', 'shapes', *TINY, '--model', 'first', '--output', 'out')
+    monkeypatch.chdir(shapes)
+    assert 'can only raise' in refused(capsys, '--resume', tmp_path / 'out', '--epochs', 1)
+    assert not run_here('--resume', tmp_path / 'out', '--epochs', 3)
+    assert '2 of 3 epochs are done' in capsys.readouterr().out
+    rates = [float(row['lr']) for row in read_csv(tmp_path / 'out' / 'summary.csv')]
+    assert len(rates) == 3 and rates[2] < 1e-5  # the schedule is that of 3 epochs
+
+
+def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path, shapes, capsys):
+    settings = ('--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
+    with subprocess.Popen(command(*settings, '--epoch-repeats', 10000, '--workers', 1), stdout=subprocess.PIPE,
+                          text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'}) as first:
+        next(line for line in first.stdout if 'images to train on' in line)
+        for named in settings, ('--resume', tmp_path / 'out'):
+            assert f'another run is writing to {tmp_path / "out"}' in refused(capsys, *named)
+        first.kill()  # before its first epoch ends
+    assert 'no run to go on with' in refused(capsys, '--resume', tmp_path / 'out')
+    assert not run_here(*settings)
+    assert {f.name for f in (tmp_path / 'out').iterdir()} == FILES
+
+
+@pytest.mark.parametrize('num_images', [2, 3, 12, 13, 80, 216, 1279, 1437, 100_000])
+def test_every_image_is_trained_on_in_enough_steps(num_images):
+    args = argparse.Namespace(batch_size=None, epoch_repeats=None)
+    printed = set_batches(args, num_images)
+    batches = list(EvenBatches(RandomSampler(range(num_images), num_samples=args.epoch_repeats * num_images),
+                               args.batch_size))
+    sizes = {len(batch) for batch in batches}
+    assert Counter(i for batch in batches for i in batch) == dict.fromkeys(range(num_images), args.epoch_repeats)
+    assert max(sizes) - min(sizes) <= 1 and 16 <= max(sizes) <= 64
+    assert len(batches) >= 20 and f'{len(batches):,} batches' in printed
+    assert args.epoch_repeats == 1 or len(batches) <= 40
+
+
+@pytest.mark.parametrize('num_images, batch_size', [(3, 2), (9, 2), (26, 5), (7, 100)])
+def test_no_batch_has_a_single_image(num_images, batch_size):
+    assert min(map(len, EvenBatches(range(num_images), batch_size))) >= 2
+
+
+def test_statistics_of_batch_norm_belong_to_the_weights(tmp_path, shapes):
+    """After six steps, running averages would still be half their initial values."""
+    assert not run_here('--data-dir', shapes, *TINY, '--epoch-repeats', 1, '--output', tmp_path / 'out')
+    model = load(tmp_path / 'out')
+    loader = create_loader(
+        create_dataset('', root=str(shapes), split='train'), batch_size=16, num_workers=0, device=torch.device('cpu'),
+        **resolve_model_data_config(model))
+    saved = {key: value.clone() for key, value in model.named_buffers()}
+    update_bn(loader, model)
+    for name, module in model.named_modules():
+        if hasattr(module, 'running_mean'):
+            mean, var = saved[f'{name}.running_mean'], saved[f'{name}.running_var']
+            assert ((mean - module.running_mean).abs() / module.running_var.sqrt()).median() < 0.3
+            assert (var / module.running_var).median() == pytest.approx(1, abs=0.3)
 
 
 def test_without_progress_it_ends_after_as_many_epochs_as_patience_says(tmp_path, shapes, capsys):
@@ -234,7 +297,7 @@ def test_uneven_classes_are_said_and_sampled_evenly_if_asked(tmp_path, shapes, c
 
     shares = []
     for balanced in False, True:
-        args = argparse.Namespace(batch_size=10, workers=0, scale=None, hflip=0, aa=None, img_size=32,
+        args = argparse.Namespace(batch_size=10, epoch_repeats=1, workers=0, scale=None, hflip=0, aa=None, img_size=32,
                                   balanced=balanced)
         torch.manual_seed(0)
         loader, _ = make_loaders(args, open_data(shapes), timm.create_model('test_mobileformer'), torch.device('cpu'))
@@ -262,6 +325,19 @@ def test_training_starts_from_weights_by_every_name(tmp_path, shapes, capsys):
         if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked')):
             torch.testing.assert_close(tensor, first[name], rtol=0, atol=0)
             assert name.startswith('classifier.') or torch.equal(tensor, published[name])
+    assert 'from scratch' not in capsys.readouterr().out
+
+
+def test_a_finetuned_folder_is_finetuned_on_other_classes(tmp_path, shapes, capsys):
+    assert not run_here('--data-dir', shapes, *TINY, '--epochs', 1, '--output', tmp_path / 'first')
+    assert 'from scratch' in capsys.readouterr().out
+    for split in 'train', 'val':
+        (shapes / split / 'circle').rename(shapes / split / 'disc')
+    assert not run_here('--data-dir', shapes, *TINY, '--epochs', 1, '--model', tmp_path / 'first', '--crop-mode',
+                        'squash', '--crop-pct', 1, '--output', tmp_path / 'second')
+    cfg = json.loads((tmp_path / 'second' / 'config.json').read_text())
+    assert cfg['label_names'] == ['disc', 'square'] and 'circle' not in json.dumps(cfg)
+    assert (cfg['pretrained_cfg']['crop_mode'], cfg['pretrained_cfg']['crop_pct']) == ('squash', 1)
 
 
 @pytest.mark.parametrize('option, value, wanted', [
@@ -273,7 +349,7 @@ def test_training_starts_from_weights_by_every_name(tmp_path, shapes, capsys):
     ('--checkpoint', 'missing.pth', 'missing.pth'),
     ('--checkpoint', __file__, 'test_finetune.py'),
     ('--checkpoint', 'other', 'stages.'),
-    ('--output', __file__, 'test_finetune.py is there already'),
+    ('--output', __file__, 'test_finetune.py is a file'),
     ('--epochs', 0, '--epochs: must be at least 1, not 0'),
     ('--val-split', 1, '--val-split'),
     ('--labels', 'missing.csv', 'missing.csv'),

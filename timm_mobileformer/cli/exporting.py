@@ -21,7 +21,7 @@ from .images import Pictures, check_images
 from .load import class_names, load_model, reading_options
 from .metadata import describe, write_metadata
 from .options import DATA_OPTIONS, data_arguments
-from .training import fingerprint, read_state
+from .run_state import fingerprint, read_state
 
 __all__ = ['run']
 

@@ -25,10 +25,10 @@ WORK = 'training'
 
 FOLDER: Dict[str, Any] = dict(
     val_split=0.2, scale=(0.35, 1.), hflip=0.5, workers=2, model='mobileformer_52m', pretrained=False, epochs=30,
-    batch_size=64, lr=1e-3, weight_decay=0.05, smoothing=0.1, seed=42, balanced=False, amp=False,
+    lr=1e-3, weight_decay=0.05, smoothing=0.1, seed=42, balanced=False, amp=False,
     output=Path('output/finetune'))
 DIGITS = {**FOLDER, **dict(img_size=64, epochs=12, lr=2e-3, scale=(0.7, 1.), hflip=0.)}  # without a folder
-RESUMED = {'subcommand', 'resume', 'data_dir', 'labels', 'device', 'threads', 'workers'}  # may be named with --resume
+RESUMED = {'subcommand', 'resume', 'data_dir', 'labels', 'epochs', 'device', 'threads', 'workers'}  # go with --resume
 
 EPILOG = """\
 For everything else (several GPUs, mixup, other optimizers and schedules), timm's own train.py takes the models, and a
@@ -52,6 +52,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data_options(group, 'the digits')
     group.add_argument('--scale', type=fraction(), nargs=2, metavar='PCT',
                        help='area of the random crops in training (default: 0.35 1.0; digits: 0.7 1.0)')
+    group.add_argument('--crop-pct', type=fraction(0.1), metavar='PCT',
+                       help="part of an image's sides that is kept when it is evaluated (default: the model's)")
+    group.add_argument('--crop-mode', choices=['center', 'border', 'squash'],
+                       help="how an image becomes a square when it is evaluated: by a crop, a border or squashing "
+                            "(default: the model's)")
     group.add_argument('--hflip', type=fraction(), metavar='P',
                        help='probability of a horizontal flip in training (default: 0.5; digits: 0)')
     group.add_argument('--aa', metavar='NAME', help='AutoAugment policy, such as rand-m9-mstd0.5 (default: none)')
@@ -65,7 +70,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('training')
     group.add_argument('--epochs', type=at_least(1), metavar='N', help='default: 30; digits: 12')
     group.add_argument('--patience', type=at_least(1), metavar='N', help='end after N epochs without a better one')
-    batch_size_option(group, None, 64)
+    batch_size_option(group, None, '64; 32 for fewer than 1,280 images')
+    group.add_argument('--epoch-repeats', type=at_least(1), metavar='N',
+                       help='passes over the images in an epoch (default: as many as make 20 batches)')
     group.add_argument('--lr', type=fraction(most=math.inf),
                        help='of AdamW, at its highest (default: 1e-3; digits: 2e-3)')
     group.add_argument('--weight-decay', type=fraction(most=math.inf), metavar='W', help='default: 0.05')
@@ -79,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        help='new folder for all that is written, whole after every epoch (default: output/finetune)')
     group.add_argument('--resume', type=existing_folder, metavar='DIR',
                        help='go on with the run in this folder, with its options; only --data-dir, --labels, --device, '
-                            '--threads and --workers may be named again')
+                            '--threads and --workers may be named again, and --epochs to raise it')
     device_option(group)
     group.add_argument('--amp', action='store_true', default=None, help='autocast to bfloat16')
     workers_option(group, None)

@@ -139,7 +139,7 @@ def img_size_option(group: Any, default: str) -> None:
                        help=f'height and width of images (default: {default})')
 
 
-def batch_size_option(group: Any, default: Optional[int], shown: int) -> None:
+def batch_size_option(group: Any, default: Optional[int], shown: object) -> None:
     group.add_argument('-b', '--batch-size', type=at_least(1), metavar='N', default=default,
                        help=f'images per batch (default: {shown})')
 

@@ -1,38 +1,37 @@
-"""Fine-tune a Mobile-Former, or any timm model, on folders of pictures; without one, on real handwritten digits.
+"""Fine-tune a Mobile-Former, or any timm model, on a folder of images; without one, on handwritten digits.
 
-The same seed gives the same result, in one go or interrupted and resumed, bit for bit on a CPU as long as threads and
-workers stay the same in number: every epoch begins with seeds of its own, and takes along the model, the state of the
-optimizer and what was measured, nothing else.
+The same seed gives the same result, in one go or interrupted and resumed: bit for bit on a CPU with the same number of
+threads and workers. Each epoch therefore sets a seed of its own, and depends on nothing but the model, the state of
+the optimizer and the metrics of the epochs before.
 """
 import argparse
-import hashlib
 import importlib.util
 import math
-import os
+from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.data import create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
-from timm.models import load_state_dict, save_for_hf
+from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, accuracy, random_seed, update_summary
-from torch.utils.data import WeightedRandomSampler
+from timm.utils import AverageMeter, accuracy, random_seed
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
-from .console import InputError, progress, quote, reason
+from .console import InputError, progress, quote
 from .data import Data, open_data
 from .digits import folder_or_digits
-from .files import atomic_dir
 from .images import check_images
 from .load import (
+    HAVE_WEIGHTS,
     find_model,
     load_model,
     model_args,
@@ -43,8 +42,42 @@ from .load import (
 )
 from .options import data_arguments
 from .report import History, best_epoch, report
+from .run_state import PATHS, check_is_free, claim, fingerprint, read_state, save_epoch
 
-PATHS = 'data_dir', 'labels', 'checkpoint'
+MIN_BATCHES = 20  # in an epoch
+BATCH_NORM_IMAGES = 256  # that the statistics are estimated on
+
+
+def set_batches(args: argparse.Namespace, num_images: int) -> str:
+    """Choose the batch size and the passes over the images in an epoch where they are not named; returns them in words.
+
+    A few dozen images in one pass would be a single step. Passes are added until an epoch has `MIN_BATCHES`.
+    """
+    args.batch_size = args.batch_size or (64 if num_images >= 64 * MIN_BATCHES else 32)
+    args.epoch_repeats = args.epoch_repeats or math.ceil(MIN_BATCHES * args.batch_size / num_images)
+    num_batches = len(EvenBatches(range(args.epoch_repeats * num_images), args.batch_size))
+    passes = f'{args.epoch_repeats} passes over the images' if args.epoch_repeats > 1 else 'one pass over the images'
+    return f'an epoch is {passes} in {num_batches:,} batches of up to {args.batch_size}'
+
+
+class EvenBatches(Sampler):
+    """Batches of nearly the same size, of all indices that a sampler gives.
+
+    Args:
+        sampler: Gives indices of images.
+        batch_size: Images in a batch at most, as long as none has a single one, on which BatchNorm cannot be trained.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int) -> None:
+        self.sampler = sampler
+        self.num_batches = max(1, min(math.ceil(len(sampler) / batch_size), len(sampler) // 2))
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for indices in np.array_split(list(self.sampler), self.num_batches):
+            yield indices.tolist()
+
+    def __len__(self) -> int:
+        return self.num_batches
 
 
 def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Tuple[Any, Any]:
@@ -54,13 +87,18 @@ def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device:
     try:
         train = create_loader(
             data.train,  # type: ignore[arg-type]  # it asks for no more than a dataset with a transform
-            batch_size=min(args.batch_size, len(data.train)), is_training=True, scale=args.scale, hflip=args.hflip,
-            auto_augment=args.aa, **settings)
+            batch_size=args.batch_size, is_training=True, scale=args.scale, hflip=args.hflip, auto_augment=args.aa,
+            **settings)
     except AssertionError as e:  # timm knows no such policy
         raise InputError(f'--aa {args.aa}: {e}') from e
+    num_samples = args.epoch_repeats * len(data.train)
+    sampler: Any = RandomSampler(data.train, num_samples=num_samples)
     if args.balanced:
         targets = torch.tensor([target for _, target in data.train.samples])
-        train.batch_sampler.sampler = WeightedRandomSampler((1 / targets.bincount())[targets].tolist(), len(targets))
+        sampler = WeightedRandomSampler((1 / targets.bincount())[targets].tolist(), num_samples)
+    train.loader = DataLoader(  # as timm's, which drops the last batch
+        data.train, batch_sampler=EvenBatches(sampler, args.batch_size), num_workers=args.workers,
+        collate_fn=train.loader.collate_fn, worker_init_fn=train.loader.worker_init_fn)
     return train, create_loader(
         data.held_out, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
 
@@ -82,11 +120,17 @@ def measure(logits: torch.Tensor, targets: torch.Tensor) -> Dict[str, float]:
 
 def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimizer: Any, scheduler: Any, step: int,
                 bar: Any) -> float:
-    """One pass over the pictures, after `step` batches; returns the mean loss."""
+    """Train for an epoch, after `step` steps; returns the mean loss.
+
+    While weights change fast, BatchNorm's running averages lag behind them: in short runs so far that the model
+    predicts at chance. At the end of the epoch the last batches therefore pass through the model once more, and its
+    statistics become theirs.
+    """
     loss_fn = LabelSmoothingCrossEntropy(args.smoothing)
     device_type = next(model.parameters()).device.type
     autocast = torch.autocast(device_type, torch.bfloat16) if args.amp else nullcontext()
     losses = AverageMeter()
+    last_batches: deque = deque(maxlen=math.ceil(BATCH_NORM_IMAGES / args.batch_size))
     model.train()
     for images, target in loader:
         with autocast:
@@ -97,11 +141,14 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
         step += 1
         scheduler.step_update(step)
         losses.update(loss.detach(), len(target))
+        last_batches.append(images)
         bar.update()
         if step % 10 == 0:  # seldom, since the device is waited for
             bar.set_postfix(loss=f'{losses.avg:.3f}')
             if not math.isfinite(losses.avg):
                 break
+    with autocast:
+        update_bn(last_batches, model)
     return float(losses.avg)
 
 
@@ -116,6 +163,7 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
         step_on_epochs=False, updates_per_epoch=len(loader))
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
+        scheduler.step_update(len(history) * len(loader))  # --epochs may have been raised
     with progress(desc='training', total=args.epochs * len(loader), initial=len(history) * len(loader)) as bar:
         for epoch in range(len(history), args.epochs):
             if args.patience and history and epoch - 1 - best_epoch(history) >= args.patience:
@@ -134,51 +182,33 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
                       f'top-1 {metrics["top1"]:.2f} %')
 
 
-def save_epoch(args: argparse.Namespace, model: Any, classes: List[str], kwargs: Dict[str, Any], pictures: str,
-               optimizer: Any, history: History) -> None:
-    """Leave a folder from which the best weights can be loaded, and the run be continued."""
-    state = dict(
-        epoch=len(history) - 1, arch=model.pretrained_cfg['architecture'], state_dict=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        metric=history[-1]['eval_metrics']['top1'], version=2, history=history, pictures=pictures)
-    try:
-        if best_epoch(history) == len(history) - 1:
-            with atomic_dir(args.output) as folder:
-                save_for_hf(model, str(folder), {'label_names': classes}, kwargs, safe_serialization=True)
-        with atomic_dir(args.output) as folder:  # last, so that what is continued has its weights
-            torch.save(state, folder / 'last.pth.tar')
-            for row in history:
-                update_summary(**row, filename=folder / 'summary.csv', write_header=row is history[0])
-    except (OSError, RuntimeError, SafetensorError) as e:  # PyTorch's writer makes the second of the first
-        raise InputError(f'nothing could be written to {args.output}; is the disk full? ({e})') from e
+def make_model(args: argparse.Namespace, classes: List[str], state: Optional[Dict[str, Any]]) -> Any:
+    """The model to train, with a `pretrained_cfg` that describes what it becomes."""
+    model = load_model(args, len(classes), weights=not state, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if state:
+        model.load_state_dict(state['state_dict'])
+    set_data_config(model, vars(args))
+    model.pretrained_cfg.update(
+        tag='finetuned', num_classes=len(classes), label_names=classes, label_descriptions=None, label_offset=None,
+        test_input_size=None, test_pool_size=None, test_crop_pct=None)
+    return model
 
 
-def read_state(folder: Path) -> Dict[str, Any]:
-    """What `save_epoch` left in a folder.
-
-    Raises:
-        InputError: It left nothing there.
-    """
-    path = folder / 'last.pth.tar'
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-        args = {key: Path(value) if value and key in PATHS else value for key, value in state['args'].items()}
-        return {**{key: state[key] for key in ('state_dict', 'optimizer', 'history', 'pictures')}, 'args': args}
-    except FileNotFoundError as e:
-        raise InputError(f'no run to go on with in {folder}: it has no last.pth.tar') from e
-    except Exception as e:  # a damaged or foreign file fails in many ways
-        raise InputError(f'{path} is not what finetune writes, or damaged: {reason(e, 300)}') from e
-
-
-def fingerprint(data: Data, root: Path) -> str:
-    """Of the names and classes of all pictures, wherever the folder lies."""
-    names = [[(os.path.relpath(path, root), target) for path, target in side.samples]
-             for side in (data.train, data.held_out)]
-    return hashlib.sha256(repr((names, data.classes)).encode()).hexdigest()
+def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, device: torch.device, done: int) -> None:
+    """Print what is trained, on what and from what."""
+    _, height, width = model.pretrained_cfg['input_size']
+    print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
+          f'{len(data.classes):,} classes, {len(data.train):,} images to train on, {len(data.held_out):,} held out, '
+          f'{height} × {width} pixels; {batches}' + (f'; {done} of {args.epochs} epochs are done' if done else ''))
+    if not (done or args.pretrained or args.checkpoint or find_model(args.model).startswith(HAVE_WEIGHTS)):
+        print(f'{args.model} starts from scratch, with random weights; to start from trained ones, add --checkpoint '
+              'FILE or --pretrained, or name a folder with --model')
+    if not importlib.util.find_spec('matplotlib'):
+        print("no pictures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
 
 
 def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any]]) -> None:
+    """Train on the images in `root`, from `state` where a run is resumed, and report on the best epoch."""
     data = open_data(root, **data_arguments(args))
     for remark in data.remarks:
         print(remark)
@@ -189,33 +219,19 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
     if device.type == 'cpu':  # a thread that has to wait for its core stalls all the others
         torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - args.workers))
     random_seed(args.seed)
-    model = load_model(
-        args, len(data.classes), weights=not state, drop_rate=args.drop, drop_path_rate=args.drop_path).to(device)
-    history: History = []
-    if state:
-        model.load_state_dict(state['state_dict'])
-        history = state['history']
+    model = make_model(args, data.classes, state).to(device)
+    batches = set_batches(args, len(data.train))
     loaders = make_loaders(args, data, model, device)
     args.white_level = check_images(
         [path for side in (data.train, data.held_out) for path, _ in side.samples], args.workers)
     set_white_level(model, args.white_level)
     data.train.reading = data.held_out.reading = reading_options(model)
-    data_config = set_data_config(model, vars(args))
-    model.pretrained_cfg.update(
-        tag='finetuned', num_classes=len(data.classes), label_offset=None, test_input_size=None, test_pool_size=None,
-        test_crop_pct=None)
-    kwargs = {**model_args(find_model(args.model), model.pretrained_cfg), 'num_classes': len(data.classes)}
-    if not importlib.util.find_spec('matplotlib'):
-        print("no pictures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
-    print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
-          f'{len(data.classes):,} classes, {len(data.train):,} images to train on, {len(data.held_out):,} held out, '
-          f'{" × ".join(map(str, data_config["input_size"][1:]))} pixels'
-          + (f'; {len(history)} of {args.epochs} epochs are done' if history else ''))
+    history: History = state['history'] if state else []
+    announce(args, model, data, batches, device, len(history))
 
-    with atomic_dir(args.output):  # refused before training if it cannot be written to
-        pass
+    kwargs = {**model_args(find_model(args.model), model.pretrained_cfg), 'num_classes': len(data.classes)}
     try:
-        save = partial(save_epoch, args, model, data.classes, kwargs, pictures)
+        save = partial(save_epoch, args, model, kwargs, pictures)
         train(args, model, loaders, history, save, state and state['optimizer'])
     except (InputError, KeyboardInterrupt) as e:
         hint = (f'; {len(history)} of {args.epochs} epochs are done, to go on: '
@@ -224,18 +240,40 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
     model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # what was saved is what is reported
     summary = report(args, data, *evaluate(model, loaders[1]), history)
     print(f'{summary}\nby the best epoch, {best_epoch(history) + 1} of {len(history)}; written to {args.output}: '
-          f'{", ".join(sorted(path.name for path in args.output.iterdir()))}')
+          f'{", ".join(sorted(path.name for path in args.output.glob("[!.]*")))}')
     print(f"timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True) loads it")
+
+
+def resumed_options(args: argparse.Namespace, state: Dict[str, Any]) -> argparse.Namespace:
+    """The options of the run to resume, and over them those that the command line names.
+
+    Raises:
+        InputError: They cannot be changed like that.
+    """
+    named = {key: value for key, value in vars(args).items() if value is not None}
+    if args.epochs and args.epochs < state['args']['epochs']:
+        raise InputError(f'the run in {args.resume} has {state["args"]["epochs"]} epochs; --epochs can only raise that')
+    return argparse.Namespace(**{**vars(args), **state['args'], **named, 'output': args.resume})
+
+
+def make_absolute(args: argparse.Namespace) -> None:
+    """Let paths among the options hold in any working directory, in which the run may be resumed."""
+    for key in PATHS:
+        if path := getattr(args, key):
+            setattr(args, key, path.absolute())
+    source, _, folder = find_model(args.model).partition(':')
+    if source == 'local-dir':
+        args.model = f'local-dir:{Path(folder).absolute()}'
 
 
 def run(args: argparse.Namespace) -> None:
     state = None
-    if args.resume:
-        state = read_state(args.resume)
-        named = {key: value for key, value in vars(args).items() if value is not None}
-        args = argparse.Namespace(**{**state['args'], **named, 'output': args.resume})
-    elif args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise InputError(f'{args.output} is there already; name a new folder with --output, remove it, or go on with '
-                         f'--resume {quote(args.output)}')
-    with folder_or_digits(args.data_dir or args.labels and args.labels.parent) as root:
-        finetune(args, root, state)
+    with claim(args.resume or args.output):
+        if args.resume:
+            state = read_state(args.resume)
+            args = resumed_options(args, state)
+        else:
+            check_is_free(args.output)
+        make_absolute(args)
+        with folder_or_digits(args.data_dir or args.labels and args.labels.parent) as root:
+            finetune(args, root, state)
