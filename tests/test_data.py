@@ -2,6 +2,9 @@
 import os
 import random
 import re
+import shutil
+import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,14 +12,15 @@ from timm.utils.misc import natural_key
 
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.data import open_data
+from timm_mobileformer.cli.duplicates import identical_files
 from timm_mobileformer.cli.folders import natural_order
 
 
 def draw(root, *names):
-    """Small pictures of these names."""
-    for i, name in enumerate(names):
+    """Small images of these names, each of another colour."""
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (8, 6), (40 * i % 256, 0, 0)).save(root / name)
+        Image.new('RGB', (8, 6), tuple(zlib.crc32(name.encode()).to_bytes(4, 'big')[:3])).save(root / name)
     return root
 
 
@@ -110,7 +114,7 @@ def test_a_test_set_beside_the_others_is_apart_from_them_and_alone_it_is_what_is
     (('cat/1.png', 'cat/2.png'), 'one class only (cat)'),
     (('pets/train/cat/1.png', 'pets/train/dog/2.png'), 'one class only (pets); at least two are needed; are they in'),
     (('train/a/1.png', 'train/b/2.png', 'test/unknown/3.png'), 'share no class (a, b; unknown)'),
-    (('a/1.png', 'b/2.png'), 'one picture of every class'),
+    (('a/1.png', 'b/2.png'), 'one image of every class'),
 ])
 def test_a_folder_that_cannot_be_learnt_is_refused(tmp_path, names, wanted):
     draw(tmp_path, *names)
@@ -200,6 +204,59 @@ def test_a_pattern_that_does_not_fit_is_refused(tmp_path, pattern, wanted):
     draw(tmp_path, *(f'{name}_{i}.png' for name in ('cat', 'dog', 'cow') for i in (1, 2)))
     with pytest.raises(InputError, match=re.escape(wanted)):
         open_data(tmp_path, label_pattern=pattern)
+
+
+def copies(root, *names):
+    """Copies of one image under these names."""
+    draw(root, *names)
+    for name in names[1:]:
+        shutil.copy(root / names[0], root / name)
+
+
+def test_identical_images_lie_on_one_side_of_a_split_that_the_command_makes(tmp_path):
+    draw(tmp_path, *(f'{label}/{i}.png' for label in 'abc' for i in range(20)))
+    plain = [side.samples for side in (open_data(tmp_path).train, open_data(tmp_path).held_out)]
+    copies(tmp_path, 'a/0.png', 'a/1.png', 'a/2.png', 'b/0.png')
+    copies(tmp_path, 'c/0.png', *(f'c/{i}.png' for i in range(1, 20)))
+    copies(tmp_path, 'd/0.png', 'd/1.png', 'e/3.png', 'd/4.png')
+    draw(tmp_path, 'd/other.gif', 'e/other.bmp')
+    (tmp_path / 'b/link.png').symlink_to(tmp_path / 'b/5.png')
+    data = open_data(tmp_path)
+    sides = [{path: path.split('/')[-2] for path, _ in side.samples} for side in (data.train, data.held_out)]
+    contents = [{Path(path).read_bytes() for path in side} for side in sides]
+    assert not contents[0] & contents[1]
+    for label, most in dict(a=4, b=4, c=0, d=1, e=1).items():
+        train, held_out = (list(side.values()).count(label) for side in sides)
+        assert train and held_out == most
+    assert any('images have identical copies, which lie on the same side' in remark for remark in data.remarks)
+    assert any(f'{tmp_path}/a/0.png = {tmp_path}/a/1.png = {tmp_path}/a/2.png = {tmp_path}/b/0.png' in remark
+               and '8 images are identical to images of another class' in remark for remark in data.remarks)
+    moved = {path for path, _ in plain[1] if '/a/' in path} ^ {path for path in sides[1] if '/a/' in path}
+    assert len(moved) <= 4  # the others stay where they were
+
+
+def test_identical_images_across_the_splits_of_a_folder_are_counted_and_named(tmp_path):
+    draw(tmp_path, *SPLITS, 'test/a/5.png')
+    copies(tmp_path, 'train/a/1.png', 'val/a/copy.png', 'val/b/wrong.png', 'val/b/too.png')
+    os.link(tmp_path / 'train/b/2.png', tmp_path / 'test/a/link.png')
+    data = open_data(tmp_path)
+    assert data.remarks[0] == (
+        '3 of 5 validation images are identical to images of the training set, 2 of them of another class only: '
+        + ', '.join(f'{tmp_path}/val/{name} = {tmp_path}/train/a/1.png'
+                    for name in ('a/copy.png', 'b/too.png', 'b/wrong.png'))
+        + '; the accuracy on them says little')
+    assert '1 of 2 test images are identical to images of the training set, 1 of them of' in data.remarks[1]
+    assert '6 images are identical to images of another class' in data.remarks[2]
+
+
+def test_only_files_of_one_size_are_compared(tmp_path, monkeypatch):
+    big = bytes(100_000)
+    for name, content in dict(a=big + b'a', b=big + b'b', c=big + b'a', d=b'x', e=big).items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / 'pipe')
+    os.mkfifo(tmp_path / 'other')
+    paths = [str(tmp_path / name) for name in ('a', 'b', 'c', 'd', 'e', 'pipe', 'other', 'gone', 'lost')]
+    assert identical_files(paths) == [[str(tmp_path / 'a'), str(tmp_path / 'c')]]
 
 
 def test_classes_may_be_called_like_splits(tmp_path):

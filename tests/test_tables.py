@@ -18,9 +18,9 @@ LABELS = ['a', 'b', 'a', 'b', 'a', 'b']
 def six(tmp_path_factory):
     """Six images, and folders in which others lie."""
     root = tmp_path_factory.mktemp('six')
-    for path in FILES + ['deep/er/gnu.png', 'one/twin.png', 'two/twin.png', 'PHOTO.JPG']:
+    for i, path in enumerate(FILES + ['deep/er/gnu.png', 'one/twin.png', 'two/twin.png', 'PHOTO.JPG']):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (8, 6)).save(root / path)
+        Image.new('RGB', (8, 6), (i, 0, 0)).save(root / path)
     return root
 
 
@@ -152,8 +152,8 @@ def test_labels_may_have_anything_inside(root):
     text = 'file,label\n' + ''.join('{}.png,"{}"\n'.format(name, label.replace('"', '""'))
                                     for name, label in [*zip('abcdef', labels, strict=True)] + [*zip('ghijkl', labels,
                                                                                                     strict=True)])
-    for name in 'abcdefghijkl':
-        shutil.copy(root / 'ant.png', root / f'{name}.png')
+    for i, name in enumerate('abcdefghijkl'):
+        Image.new('RGB', (8, 6), (i, 1, 0)).save(root / f'{name}.png')
     (train, held_out), _ = read(root, text)
     assert [{**train, **held_out}[f'{name}.png'] for name in 'abcdef'] == labels
 
@@ -190,7 +190,7 @@ def test_a_table_of_a_usual_name_is_found_beside_the_images(tmp_path, root, name
 def test_class_folders_go_before_a_table_that_was_not_named(tmp_path):
     for name in 'cat/1.png', 'cat/2.png', 'dog/3.png', 'dog/4.png':
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new('RGB', (8, 6)).save(tmp_path / name)
+        Image.new('RGB', (8, 6), (ord(name[4]), 0, 0)).save(tmp_path / name)
     (tmp_path / 'metadata.csv').write_text('file_name,text\ncat/1.png,a cat\n')
     data = open_data(tmp_path)
     assert data.classes == ['cat', 'dog'] and any('metadata.csv is not used' in remark for remark in data.remarks)
@@ -219,7 +219,7 @@ def test_class_folders_go_before_a_table_that_was_not_named(tmp_path):
     ('', '{file} cannot be read as a table'),
     ('file,label\nant.png,tench, Tinca tinca\n', 'cannot be read as a table'),
     ('ant.png,a\nbee.png,a\n', 'one class only (a)'),
-    ('ant.png,a\nbee.png,b\n', 'one picture of every class'),
+    ('ant.png,a\nbee.png,b\n', 'one image of every class'),
     (b'PK\3\4\0\0', '{file} is not a text file; save the table as CSV'),
 ])
 def test_a_table_that_does_not_fit_is_refused(root, text, wanted):

@@ -2,14 +2,15 @@
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from .console import InputError, abbreviate, quote
-from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, split_of
+from .duplicates import identical_files
+from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, relative, split_of
 from .images import Pictures
 from .tables import read_labels
 
@@ -27,20 +28,63 @@ def alike(names: Iterable[str]) -> List[str]:
     return [f'different classes whose names are nearly the same: {abbreviate(same)}'] if same else []
 
 
-def split(labelled: Labelled, root: Path, share: float) -> Tuple[Labelled, Labelled]:
-    """Hold out a share of every class, at least one picture and never all.
+def split(labelled: Labelled, root: Path, share: float, groups: List[List[str]]) -> Tuple[Labelled, Labelled]:
+    """Hold out a share of every class, at least one image and never all.
 
-    Which, hashes of the names say: the same ones in every run, by every command, whatever `--seed` is and wherever the
-    folder lies, and most stay where they are when pictures are added.
+    Hashes of the paths say which: the same ones in every run, by every command, whatever `--seed` is and wherever the
+    folder lies, and most stay where they are when images are added.
+
+    Args:
+        labelled: All images.
+        root: Folder of the data set.
+        share: Share to hold out.
+        groups: Images that must lie on one side, since they are identical.
     """
+    ranks = {path: sha256(os.fsencode(relative(path, root))).digest() for path, _ in labelled}
+    group_of = {path: group for group in groups for path in group}
+    labels = dict(labelled)
     by_class: Dict[str, List[str]] = defaultdict(list)
     for path, label in labelled:
         by_class[label].append(path)
-    held_out = set()
-    for paths in by_class.values():
-        paths.sort(key=lambda path: sha256(os.fsencode(Path(os.path.relpath(path, root)).as_posix())).digest())
-        held_out.update(paths[:min(max(1, round(share * len(paths))), len(paths) - 1)])
+    held_out: Set[str] = set()
+    remaining = Counter(labels.values())
+    for label, paths in by_class.items():
+        paths.sort(key=ranks.__getitem__)
+        most = max(1, round(share * len(paths)))
+        for limit, enough in (most, most), (len(paths), 1):  # the second for classes of large groups only
+            for path in paths:
+                taken = len(paths) - remaining[label]
+                if taken >= enough:
+                    break
+                group = group_of.get(path, [path])
+                sizes = Counter(labels[member] for member in group)
+                if path not in held_out and taken + sizes[label] <= limit and all(
+                        n < remaining[inside] for inside, n in sizes.items()):
+                    held_out.update(group)
+                    remaining.subtract(sizes)
     return [s for s in labelled if s[0] not in held_out], [s for s in labelled if s[0] in held_out]
+
+
+def say_identical(splits: Splits, groups: List[List[str]]) -> List[str]:
+    """Remarks on identical images: those in several splits, and those in several classes."""
+    labels = {path: (split, label) for split, labelled in splits.items() for path, label in labelled}
+    remarks = []
+    for split, name in ('val', 'validation'), ('test', 'test'):
+        both = [group for group in groups if {'train', split} <= {labels[path][0] for path in group}]
+        copies, other = [], 0
+        for group in both:
+            trained = [path for path in group if labels[path][0] == 'train']
+            for path in (path for path in group if labels[path][0] == split):
+                copies.append(f'{path} = {trained[0]}')
+                other += labels[path][1] not in {labels[one][1] for one in trained}
+        if copies:
+            remarks.append(
+                f'{len(copies):,} of {len(splits[split]):,} {name} images are identical to images of the training set, '
+                f'{other:,} of them of another class only: {abbreviate(copies)}; the accuracy on them says little')
+    if several := [group for group in groups if len({labels[path][1] for path in group}) > 1]:
+        remarks.append(f'{sum(map(len, several)):,} images are identical to images of another class: '
+                       + abbreviate(' = '.join(group) for group in several))
+    return remarks
 
 
 @dataclass
@@ -123,9 +167,14 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
     if not splits.get('train'):
         raise InputError(f'{labels or root} has no training set, only {abbreviate(splits)}')
     train, held_out, test = (splits.get(name, []) for name in ('train', 'val', 'test'))
+    groups = identical_files(path for labelled in splits.values() for path, _ in labelled)
+    remarks += say_identical(splits, groups)
     if not held_out:
-        train, held_out = split(train, root, val_split)
+        train, held_out = split(train, root, val_split, groups)
         share = len(held_out) / max(1, len(train) + len(held_out))
+        if groups:
+            remarks.append(f'{sum(map(len, groups)):,} images have identical copies, which lie on the same side: '
+                           + abbreviate(' = '.join(group) for group in groups))
         remarks.append(f'held out: {100 * share:.3g} % of the images, at least one of every class of two or more')
     names, others = {label for _, label in train}, {label for _, label in held_out}
     if len(names) < 2:
@@ -133,7 +182,8 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
         raise InputError(f'{labels or root} has one class only ({abbreviate(names)}); at least two are needed'
                          + ''.join(f'; are they in --data-dir {quote(f)}?' for f in inside))
     if not others:
-        raise InputError(f'{labels or root} has one picture of every class; at least two are needed, to hold one out')
+        raise InputError(f'{labels or root} has one image of every class (identical ones count as one); at least two '
+                         'are needed, to hold one out')
     if not names & others:
         raise InputError(f'the training set and the validation set in {labels or root} share no class '
                          f'({abbreviate(names)}; {abbreviate(others)}); to hold out a part of the first, name it with '

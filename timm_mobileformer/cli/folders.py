@@ -10,7 +10,7 @@ from .console import InputError, abbreviate, quote
 from .images import PLUGINS, SUFFIXES
 from .options import ARCHIVES
 
-__all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'natural_order', 'split_of']
+__all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'natural_order', 'relative', 'split_of']
 
 SPLITS = {  # the usual names, in any case
     'train': ('train', 'training'),
@@ -39,6 +39,13 @@ def natural_order(name: str) -> Any:
     parts = re.split(r'([0-9]+)', name.lower())
     parts[1::2] = [(len(digits.lstrip('0')), digits.lstrip('0')) for digits in parts[1::2]]  # int() takes 4,300 digits
     return parts, name
+
+
+def relative(path: str, root: Path) -> str:
+    """A path as seen from `root`, with slashes; quick where it begins with `root`."""
+    start = os.path.join(root, '')
+    inside = path[len(start):] if path.startswith(start) else os.path.relpath(path, root)
+    return inside.replace(os.sep, '/')
 
 
 def contents(folder: Path) -> Tuple[List[Path], List[Path]]:
@@ -143,7 +150,7 @@ class ImageScan:
         """
         splits: Splits = defaultdict(list)
         paths = self.search(folder)
-        found = [pattern.search(os.path.relpath(path, folder).replace(os.sep, '/')) for path in paths]
+        found = [pattern.search(relative(path, folder)) for path in paths]
         group = 'label' if 'label' in pattern.groupindex else 1
         if unmatched := [path for path, match in zip(paths, found, strict=True) if not match or not match[group]]:
             raise InputError(f'{len(unmatched):,} of {len(paths):,} images do not match the pattern '
@@ -200,7 +207,7 @@ def check_levels(folder: Path, labelled: Labelled) -> None:
     classes_of: Dict[Tuple[int, str], Set[str]] = defaultdict(set)  # by level and name of a folder inside of classes
     inner = []
     for path, label in labelled:
-        names = path[len(str(folder)):].strip(os.sep).split(os.sep)[1:-1]
+        names = relative(path, folder).split('/')[1:-1]
         inner.append(list(enumerate(names)))
         for key in inner[-1]:
             classes_of[key].add(label)

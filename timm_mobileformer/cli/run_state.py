@@ -1,7 +1,6 @@
 """State of a fine-tuning run: what is written after every epoch and read to resume, and who may write."""
 import argparse
 import hashlib
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from timm.utils import update_summary
 from .console import InputError, quote, reason
 from .data import Data
 from .files import atomic_dir
+from .folders import relative
 from .report import History, best_epoch
 
 __all__ = ['check_is_free', 'claim', 'fingerprint', 'read_state', 'save_epoch']
@@ -119,6 +119,6 @@ def read_state(folder: Path) -> Dict[str, Any]:
 
 def fingerprint(data: Data, root: Path) -> str:
     """Hash of the names, relative to `root`, and classes of all images."""
-    names = [[(os.path.relpath(path, root), target) for path, target in side.samples]
+    names = [[(relative(path, root), target) for path, target in side.samples]
              for side in (data.train, data.held_out)]
     return hashlib.sha256(repr((names, data.classes)).encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .columns import SAMPLE, Columns, ImageIndex
 from .console import InputError, abbreviate, missing, reason
-from .folders import Splits, natural_order, split_of
+from .folders import Splits, natural_order, relative, split_of
 
 __all__ = ['read_labels']
 
@@ -142,7 +142,7 @@ def read_labels(
     if columns.split is not None:
         split_by, row_splits = f'column {columns.quoted([columns.split])}', list(rows[columns.split].map(split_of))
     else:
-        split_by, row_splits = 'folders', [split_of(os.path.relpath(path, root).split(os.sep)[0]) for path in paths]
+        split_by, row_splits = 'folders', [split_of(relative(path, root).split('/')[0]) for path in paths]
         if not {'train'} < set(row_splits) - {None}:
             split_by, row_splits = '', ['train'] * len(paths)
     seen: Dict[str, Tuple[int, str, str]] = {}

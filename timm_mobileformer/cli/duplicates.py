@@ -1,0 +1,62 @@
+"""Finding images that are byte for byte the same."""
+import os
+import stat
+from collections import defaultdict
+from hashlib import sha256
+from typing import Any, Callable, Dict, Iterable, List, Optional
+
+from .console import progress
+
+__all__ = ['identical_files']
+
+HEAD = 1 << 16  # bytes
+
+
+def size(path: str) -> Optional[int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # named when images are checked
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def digest(path: str, length: Optional[int] = None) -> Optional[bytes]:
+    """Of the first bytes of a file, or of all of them."""
+    try:
+        with open(path, 'rb', buffering=0) as file:
+            if length:
+                return sha256(file.read(length)).digest()
+            total = sha256()
+            while block := file.read(1 << 20):
+                total.update(block)
+            return total.digest()
+    except OSError:
+        return None
+
+
+def divide(groups: Iterable[List[str]], key: Callable[[str], Any]) -> List[List[str]]:
+    """Divide groups by a key, and drop what is alone then or has none."""
+    divided = []
+    for group in groups:
+        by_key: Dict[Any, List[str]] = defaultdict(list)
+        for path in group:
+            by_key[key(path)].append(path)
+        by_key.pop(None, None)
+        divided += [same for same in by_key.values() if len(same) > 1]
+    return divided
+
+
+def identical_files(paths: Iterable[str]) -> List[List[str]]:
+    """Groups of paths, in their order, whose files have the same content; links included.
+
+    Only files of the same size are read: their first 64 KiB and, if these agree, the rest.
+    """
+    by_size = divide([list(dict.fromkeys(paths))], size)
+    with progress(total=sum(map(len, by_size)), desc='comparing images') as bar:
+
+        def head(path: str) -> Optional[bytes]:
+            bar.update()
+            return digest(path, HEAD)
+
+        by_head = divide(by_size, head)
+    return divide(by_head, lambda path: b'' if (size(path) or 0) <= HEAD else digest(path))
