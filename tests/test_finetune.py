@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import RandomSampler
@@ -103,14 +106,19 @@ def tiles(tmp_path_factory):
     return root
 
 
-def top1_by_timm(model, folder):
-    """Held-out accuracy by timm's own dataset and transforms."""
+def answers_by_timm(model, folder):
+    """Logits and targets of the validation set by timm's own dataset and transforms."""
     loader = create_loader(
         create_dataset('', root=str(folder), split='validation'), batch_size=32, num_workers=0,
         device=torch.device('cpu'), **resolve_model_data_config(model))
     with torch.inference_mode():
-        hits = torch.cat([model.eval()(images).argmax(-1) == target for images, target in loader])
-    return 100 * hits.float().mean().item()
+        outputs = [(model.eval()(images), targets) for images, targets in loader]
+    return tuple(torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+
+
+def top1_by_timm(model, folder):
+    logits, targets = answers_by_timm(model, folder)
+    return 100 * (logits.argmax(-1) == targets).float().mean().item()
 
 
 def top1_printed(printed):
@@ -280,12 +288,57 @@ def test_statistics_of_batch_norm_belong_to_the_weights(tmp_path, shapes):
             assert (var / module.running_var).median() == pytest.approx(1, abs=0.3)
 
 
-def test_without_progress_it_ends_after_as_many_epochs_as_patience_says(tmp_path, shapes, capsys):
-    assert not run_here('--data-dir', shapes, *TINY, '--epochs', 9, '--lr', 0, '--patience', 2,
-                        '--output', tmp_path / 'o')
-    by_epoch = read_csv(tmp_path / 'o' / 'summary.csv')
-    best = max(range(len(by_epoch)), key=lambda i: (float(by_epoch[i]['eval_top1']), -float(by_epoch[i]['eval_loss'])))
-    assert len(by_epoch) == best + 3 < 9
+def test_the_best_epoch_is_what_is_kept_and_reported_and_patience_counts_from_it(tmp_path, shapes, capsys):
+    shutil.rmtree(shapes / 'val')  # the training images with the labels exchanged: what is learnt makes it worse
+    for label, other in ('circle', 'square'), ('square', 'circle'):
+        shutil.copytree(shapes / 'train' / label, shapes / 'val' / other)
+    out = tmp_path / 'out'
+    assert not run_here('--data-dir', shapes, *TINY, '--epochs', 12, '--lr', 5e-3, '--scale', 1, 1, '--patience', 4,
+                        '--output', out)
+    losses = [float(row['eval_loss']) for row in read_csv(out / 'summary.csv')]
+    best = max(range(len(losses)), key=lambda i: (top1_by_epoch(out)[i], -losses[i]))
+    assert len(losses) == best + 5 < 12 and losses[best] + 0.01 < losses[-1]
+    logits, targets = answers_by_timm(load(out), shapes)
+    assert F.cross_entropy(logits, targets).item() == pytest.approx(losses[best], abs=1e-4)
+
+    for predicted in 0, 1:  # what is reported is what model.safetensors answers, not what training ended with
+        tensors = load_file(out / 'model.safetensors')
+        tensors['classifier.weight'].zero_()
+        tensors['classifier.bias'].copy_(torch.eye(2)[predicted])
+        save_file(tensors, out / 'model.safetensors', metadata={'format': 'pt'})
+        assert not run_here('--resume', out)
+        assert [row['predicted'] for row in read_csv(out / 'classes.csv')] == ['48', '0'][::1 - 2 * predicted]
+
+
+@pytest.fixture(scope='module')
+def plain_run(tmp_path_factory):
+    """Arguments of a short run, and the weights that it comes to."""
+    folder = tmp_path_factory.mktemp('plain')
+    args = ('--data-dir', draw_shapes(folder / 'shapes', train=8, held_out=2), *TINY)
+    assert not run_here(*args, '--output', folder / 'out')
+    return args, (folder / 'out' / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('option', [
+    '', '--lr 2e-3', '--weight-decay 1', '--layer-decay 0.5', '--smoothing 0.3', '--amp', '--drop 0.5',
+    '--drop-path 0.5', '--scale 0.2 0.3', '--hflip 0', '--aa rand-m9', '--seed 1'])
+def test_every_option_of_training_is_felt(plain_run, tmp_path, option):
+    args, weights = plain_run
+    assert not run_here(*args, *option.split(), '--output', tmp_path)
+    assert ((tmp_path / 'model.safetensors').read_bytes() == weights) == (not option)
+
+
+def test_a_run_is_not_resumed_with_other_labels_of_the_same_images(tmp_path, shapes, capsys):
+    pytest.importorskip('pandas', reason='pandas reads tables')
+    labels, names = tmp_path / 'labels.csv', [f'{i}.{"jpg" if i % 2 else "png"}' for i in range(24)]
+    rows = [f'{name},{"ab"[i % 2]}\n' for i, name in enumerate(names)]
+    labels.write_text('file,label\n' + ''.join(rows))
+    data = ('--data-dir', shapes / 'train' / 'circle', '--labels', labels)
+    assert not run_here(*data, *TINY, '--output', tmp_path / 'out')
+    for others in rows[1:], [row.translate({ord('a'): 'c'}) for row in rows], [
+            row.translate({ord('a'): 'b', ord('b'): 'a'}) for row in rows]:
+        labels.write_text('file,label\n' + ''.join(others))
+        assert 'was trained on other' in refused(capsys, '--resume', tmp_path / 'out')
 
 
 def test_uneven_classes_are_said_and_sampled_evenly_if_asked(tmp_path, shapes, capsys):
