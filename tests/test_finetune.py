@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -182,6 +183,22 @@ if __name__ == '__main__':
     from timm_mobileformer.cli import main
     sys.exit(main())
 '''
+
+
+def test_a_hundred_photographs_are_learnt_in_three_epochs(tmp_path, capsys):
+    """Pieces of the two photographs inside scikit-learn."""
+    for photograph in pytest.importorskip('sklearn.datasets').load_sample_images().images:
+        rows = [column for row in np.array_split(photograph, 10) for column in np.array_split(row, 10, axis=1)]
+        folder = tmp_path / 'pieces' / ('sky' if photograph[0, 0, 2] > 128 else 'flower')
+        folder.mkdir(parents=True)
+        for i, pixels in enumerate(rows[::2]):
+            Image.fromarray(pixels).save(folder / f'{i}.png')
+    assert not run_here('--data-dir', tmp_path / 'pieces', '--model', 'test_mobileformer', '--img-size', 32,
+                        '--epochs', 3, '--device', 'cpu', '--workers', 0, '--output', tmp_path / 'out')
+    printed = capsys.readouterr().out
+    assert '80 images to train on, 20 held out' in printed
+    assert 'an epoch is 8 passes over the images in 20 batches of up to 32' in printed
+    assert top1_printed(printed) >= 80  # by a model for tests, of chance 50
 
 
 def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path, shapes, capsys):
