@@ -14,7 +14,7 @@ from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural
 from .images import Pictures
 from .tables import read_labels
 
-__all__ = ['Data', 'ImageScan', 'open_data']
+__all__ = ['Data', 'ImageScan', 'find_labels', 'open_data']
 
 TABLES = 'metadata.csv', 'metadata.jsonl', '_classes.csv'  # found beside images without being named
 

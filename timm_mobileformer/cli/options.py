@@ -10,15 +10,16 @@ from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
 
 from timm_mobileformer import __version__, versions
 
-from .console import InputError, abbreviate
+from .console import InputError, abbreviate, missing
 
 __all__ = [
-    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_output', 'class_map_option',
-    'data_arguments', 'data_options', 'device_option', 'existing_file', 'existing_folder', 'fraction',
+    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_onnx', 'check_output',
+    'class_map_option', 'data_arguments', 'data_options', 'device_option', 'existing_file', 'existing_folder',
+    'folder_options', 'fraction',
     'img_size_option', 'model_options', 'option', 'parse', 'threads_option', 'workers_option']
 
 SUBCOMMANDS = (
-    'models', 'finetune', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')
+    'models', 'finetune', 'evaluate', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')
 ARCHIVES = ('.7z', '.gz', '.rar', '.tar', '.tgz', '.zip')
 
 
@@ -86,10 +87,8 @@ def pattern(text: str) -> str:
 DATA_OPTIONS = 'labels', 'label_column', 'skip_unlabeled', 'label_pattern', 'val_split'  # arguments of `open_data`
 
 
-def data_options(group: Any, default: str) -> None:
-    group.add_argument('--data-dir', metavar='DIR', type=existing_folder,
-                       help='folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or only '
-                            f'train/CLASS/… or CLASS/… (default: {default})')
+def folder_options(group: Any, what: str) -> None:
+    group.add_argument('--data-dir', metavar='DIR', type=existing_folder, help=what)
     group.add_argument('--labels', metavar='FILE', type=existing_file,
                        help='table of files in DIR and their labels, if there are no class folders')
     group.add_argument('--label-column', metavar='NAME',
@@ -100,6 +99,11 @@ def data_options(group: Any, default: str) -> None:
     group.add_argument('--label-pattern', metavar='REGEX', type=pattern,
                        help='regular expression whose first group is the label in the path of an image, such as '
                             "'([^/]+)_[0-9]+'; a group named `split` may match train, val or test")
+
+
+def data_options(group: Any, default: str) -> None:
+    folder_options(group, 'folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or only '
+                          f'train/CLASS/… or CLASS/… (default: {default})')
     group.add_argument('--val-split', metavar='P', type=fraction(0.01, 0.99),
                        help='fraction of every class for validation if there is no validation folder (default: 0.2)')
 
@@ -157,6 +161,20 @@ def threads_option(group: Any, default: Optional[int] = 1, shown: str = '1') -> 
 def device_option(group: Any, default: Optional[str] = None) -> None:
     shown = default or 'the accelerator that PyTorch finds, else cpu'
     group.add_argument('--device', default=default, help=f'device to run on (default: {shown})')
+
+
+def check_onnx(args: argparse.Namespace) -> None:
+    """Raise an `InputError` if `--model` is an ONNX file that cannot be run with the other options."""
+    if not args.model.endswith('.onnx'):
+        return
+    if not Path(args.model).is_file():
+        raise InputError(f'no such file: {args.model}')
+    if lack := missing('export', 'onnxruntime'):
+        raise InputError(f'{args.model} {lack}')
+    named = [key for key in ('checkpoint', 'pretrained', 'use_ema', 'img_size', 'device') if getattr(args, key)]
+    if named:
+        raise InputError(f'{args.model} has its own weights and image size, and runs on the CPU; leave out '
+                         + ', '.join(map(option, named)))
 
 
 def check_output(path: Path, images: Sequence[Path]) -> None:

@@ -2,16 +2,15 @@
 import argparse
 from pathlib import Path
 
-from .console import InputError, missing
 from .options import (
     at_least,
     batch_size_option,
     check_exist,
+    check_onnx,
     check_output,
     class_map_option,
     device_option,
     model_options,
-    option,
     workers_option,
 )
 
@@ -36,12 +35,4 @@ def resolve_options(args: argparse.Namespace) -> None:
     check_exist(args.images)
     if args.output:
         check_output(args.output, args.images)
-    if args.model.endswith('.onnx'):
-        if not Path(args.model).is_file():
-            raise InputError(f'no such file: {args.model}')
-        if lack := missing('export', 'onnxruntime'):
-            raise InputError(f'{args.model} {lack}')
-        named = [key for key in ('checkpoint', 'pretrained', 'img_size', 'device') if getattr(args, key)]
-        if named:
-            raise InputError(f'{args.model} has weights and a size of its own, and runs on the CPU; leave out '
-                             + ', '.join(map(option, named)))
+    check_onnx(args)

@@ -1,134 +1,162 @@
-"""The report on a model's predictions for labelled images: tables, pictures and a summary."""
-import argparse
+"""The report on a model's predictions for labelled images: metrics, tables, figures and a summary."""
 import csv
 import importlib.util
-import math
-import textwrap
+import json
+import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 
 from .console import abbreviate
-from .data import Data
-from .files import atomic_dir, save_figure
-from .images import read_image
+from .files import atomic_dir
+from .report_figures import draw_confusion, draw_mistakes
 
-__all__ = ['History', 'best_epoch', 'draw_curve', 'draw_predictions', 'report']
+__all__ = ['History', 'Scores', 'best_epoch', 'join', 'measure', 'score', 'write_report']
 
 History = List[Dict[str, Any]]  # of every epoch, the arguments of timm's update_summary
+NUM_BINS = 15  # of the calibration error
 
 
 def best_epoch(history: History) -> int:
-    """That of the highest held-out top-1, and of the lowest loss among those."""
+    """That of the highest top-1 on the validation set, and of the lowest loss among those."""
     metrics = [row['eval_metrics'] for row in history]
     return max(range(len(history)), key=lambda epoch: (metrics[epoch]['top1'], -metrics[epoch]['loss']))
 
 
-def by_class(predictions: torch.Tensor, targets: torch.Tensor, data: Data) -> Tuple[Any, List[Dict[str, Any]]]:
-    """The confusion matrix, true classes as rows, and what it says of every class."""
-    n = len(data.classes)
-    confusion = (targets * n + predictions).bincount(minlength=n * n).view(n, n)
-    trained_on = Counter(target for _, target in data.train.samples)
+class Scores(NamedTuple):
+    """Predictions for N labelled images, each of shape (N)."""
+    targets: torch.Tensor  # class indices
+    predictions: torch.Tensor  # class indices
+    confidence: torch.Tensor  # probability of the prediction
+    loss: torch.Tensor  # cross-entropy
+    in_top5: torch.Tensor  # whether the class is among the five most likely
+
+
+def score(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Score logits (N, classes) against class indices (N), in float64."""
+    logits = logits.double()
+    confidence, predictions = logits.softmax(-1).max(-1)
+    in_top5 = (logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]).any(-1)
+    return Scores(targets, predictions, confidence, F.cross_entropy(logits, targets, reduction='none'), in_top5)
+
+
+def join(scores: Iterable[Scores]) -> Scores:
+    return Scores(*map(torch.cat, zip(*scores, strict=True)))
+
+
+def measure(scores: Scores) -> Dict[str, float]:
+    """Metrics of a model.
+
+    Returns:
+        `images`, their number; `top1`, `top5` and `mean_class`, the mean of top-1 over the classes that have images, in
+        percent; `loss`, the mean cross-entropy; `ece`, the expected calibration error in percent: the mean difference
+        between confidence and accuracy over 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599, Eq. 3).
+    """
+    correct = (scores.predictions == scores.targets).double()
+    by_class = scores.targets.bincount(correct) / scores.targets.bincount()  # nan without images
+    bins = (scores.confidence * NUM_BINS).ceil().clamp(1, NUM_BINS).nan_to_num(1).long()
+    gaps = bins.bincount(correct - scores.confidence).abs()
+    return {
+        'images': len(correct),
+        'top1': 100 * correct.mean().item(),
+        'top5': 100 * scores.in_top5.double().mean().item(),
+        'mean_class': 100 * by_class.nanmean().item(),
+        'loss': scores.loss.mean().item(),
+        'ece': 100 * gaps.sum().item() / len(correct),
+    }
+
+
+def count_confusion(scores: Scores, num_classes: int) -> torch.Tensor:
+    """The confusion matrix (classes, classes): true classes as rows, predictions as columns."""
+    pairs = scores.targets * num_classes + scores.predictions
+    return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def rows_by_class(confusion: torch.Tensor, classes: Sequence[str], trained_on: Counter) -> List[Dict[str, Any]]:
+    """Counts, precision, recall and F1 of every class; '' where one is undefined."""
     rows = []
-    for i, (held_out, predicted, right) in enumerate(zip(
+    for i, (images, predicted, right) in enumerate(zip(
             confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist(), strict=True)):
-        rows.append({'class': data.classes[i], 'train': trained_on[i], 'held_out': held_out, 'predicted': predicted,
-                     'right': right, 'precision': right / predicted if predicted else '',
-                     'recall': right / held_out if held_out else ''})
-    return confusion.tolist(), rows
+        rows.append({
+            'class': classes[i], **({'train': trained_on[i]} if trained_on else {}), 'images': images,
+            'predicted': predicted, 'right': right, 'precision': right / predicted if predicted else '',
+            'recall': right / images if images else '',
+            'f1': 2 * right / (predicted + images) if predicted + images else ''})
+    return rows
 
 
-def summarize(predictions: torch.Tensor, targets: torch.Tensor, rows: List[Dict[str, Any]]) -> str:
-    """Accuracy, the classes told apart worst and the commonest mistakes, a line each."""
-    right = int((predictions == targets).sum())
-    lines = [f'held-out top-1 {100 * right / len(targets):.2f} % ({right:,} of {len(targets):,})']
-    present = [row for row in rows if row['held_out']]
-    if len({row['held_out'] for row in present}) > 1:
-        lines[0] += f', mean over classes {100 * sum(row["recall"] for row in present) / len(present):.2f} %'
-    pairs = Counter((t, p) for t, p in zip(targets.tolist(), predictions.tolist(), strict=True) if t != p).most_common()
+def summarize(scores: Scores, rows: List[Dict[str, Any]], what: str) -> str:
+    """Metrics, the classes of the lowest top-1 and the commonest mistakes, a line each."""
+    metrics = measure(scores)
+    right = sum(row['right'] for row in rows)
+    top5 = f'top-5 {metrics["top5"]:.2f} %, ' if len(rows) > 5 else ''
+    lines = [f'{what}: top-1 {metrics["top1"]:.2f} % ({right:,} of {metrics["images"]:,}), '
+             f'mean over classes {metrics["mean_class"]:.2f} %, {top5}loss {metrics["loss"]:.4f}, '
+             f'calibration error {metrics["ece"]:.2f} %']
+    pairs = Counter((t, p) for t, p in zip(scores.targets.tolist(), scores.predictions.tolist(), strict=True) if t != p)
     if pairs:
-        worst = sorted((row for row in present if row['recall'] < 1), key=lambda row: row['recall'])
+        worst = sorted((row for row in rows if row['images'] and row['recall'] < 1), key=lambda row: row['recall'])
         lines += [
             'lowest top-1 by class: ' + abbreviate(
                 (f'{row["class"]} {100 * row["recall"]:.1f} %' for row in worst), 10),
             'mistakes, class → predicted: ' + abbreviate(
-                (f'{rows[t]["class"]} → {rows[p]["class"]} ({n}×)' for (t, p), n in pairs), 10)]
+                (f'{rows[t]["class"]} → {rows[p]["class"]} ({n}×)' for (t, p), n in pairs.most_common()), 10)]
     return '\n'.join(lines)
 
 
-def draw_curve(path: Path, history: History) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def write_report(
+        output: Path,
+        scores: Scores,
+        paths: Sequence[str],
+        classes: Sequence[str],
+        root: Path,
+        what: str,
+        read: Callable[[str], Any],
+        trained_on: Iterable[int] = (),
+        unread: Sequence[Tuple[str, int, str]] = (),
+) -> str:
+    """Write tables and figures on labelled images.
 
-    figure = Figure(figsize=(8, 3.2), dpi=150, layout='constrained')
-    left, right = figure.subplots(1, 2)
-    epochs, best = range(1, len(history) + 1), best_epoch(history)
-    top1 = [row['eval_metrics']['top1'] for row in history]
-    style = '.-' if len(history) < 40 else '-'
-    left.plot(epochs, [row['train_metrics']['loss'] for row in history], style, label='training, labels smoothed')
-    left.plot(epochs, [row['eval_metrics']['loss'] for row in history], style, label='held out')
-    right.plot(epochs, top1, style + 'C1')
-    right.plot(best + 1, top1[best], 'oC3', label=f'kept: epoch {best + 1}, {top1[best]:.2f} %')
-    for axes, name in (left, 'loss'), (right, 'held-out top-1, %'):
-        axes.set(xlabel='epoch', ylabel=name, xlim=(0.5, len(history) + 0.5))
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    save_figure(figure, path)
+    Args:
+        output: Folder to write `metrics.json`, `classes.csv`, `confusion.csv`, `predictions.csv` and `mistakes.csv`
+            to, and `confusion.png` and `mistakes.png` where matplotlib is installed.
+        scores: The predictions.
+        paths: Of the images (N).
+        classes: Names of the model's classes, by index.
+        root: Folder of the data set; paths are written relative to it.
+        what: These images are, in words.
+        read: Reads the image in a file, as the model sees it.
+        trained_on: Class indices of the training set, if it is known.
+        unread: Path, class index and reason of each image that could not be read.
 
-
-def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
-    """A class name in a few short lines; where it is too long, its middle is left out."""
-    room = width * rows - 8
-    name = name.encode(errors='replace').decode()  # of a folder whose name is not in UTF-8
-    name = name if len(name) <= room else f'{name[:room // 2]} … {name[-room // 2:]}'
-    return '\n'.join(textwrap.wrap(name, width) or ['?'])
-
-
-def draw_predictions(path: Path, paths: Sequence[str], probs: torch.Tensor, targets: torch.Tensor, classes: List[str],
-                     white_level: Optional[int] = None, rows: int = 5, cols: int = 6) -> None:
-    """Draw pictures and predictions, the mistakes first and then the least certain."""
-    from matplotlib.figure import Figure
-
-    confidence, predictions = probs.max(-1)
-    correct = predictions == targets
-    order = sorted(range(len(targets)), key=lambda i: (correct[i].item(), probs[i, targets[i]].item()))[:rows * cols]
-    cols = min(cols, len(order))
-    rows = math.ceil(len(order) / cols)
-    figure = Figure(figsize=(max(2 * cols, 6), 2.6 * rows + 0.6), dpi=110, layout='constrained')
-    figure.suptitle(f'{(~correct).sum():,} of {len(targets):,} held-out images mistaken (red), then the least certain\n'
-                    'above: prediction and its probability; below: the class of a mistaken one', fontsize=12)
-    all_axes = figure.subplots(rows, cols, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    for i, axes in zip(order, all_axes, strict=False):
-        image = read_image(paths[i], white_level=white_level)
-        image.thumbnail((400, 400))
-        axes.imshow(image, interpolation='nearest' if max(image.size) < 64 else 'antialiased')
-        axes.set_title(f'{name_lines(classes[predictions[i]])}\n{100 * confidence[i]:.0f} %', fontsize=10, pad=3,
-                       color='k' if correct[i] else 'C3', parse_math=False)
-        if not correct[i]:
-            axes.spines[:].set(visible=True, color='C3', linewidth=2)
-            axes.set_xlabel(name_lines(classes[targets[i]]), fontsize=10, color='k', parse_math=False)
-    save_figure(figure, path)
-
-
-def report(args: argparse.Namespace, data: Data, logits: torch.Tensor, targets: torch.Tensor, history: History) -> str:
-    """Write tables and pictures of the held-out images; returns the lines to print."""
-    predictions = logits.argmax(-1)
-    confusion, rows = by_class(predictions, targets, data)
-    matrix = [[name, *counts] for name, counts in zip(data.classes, confusion, strict=True)]
+    Returns:
+        The summary to print.
+    """
+    confusion = count_confusion(scores, len(classes))
+    rows = rows_by_class(confusion, classes, Counter(trained_on))
+    predictions = [
+        [Path(os.path.relpath(path, root)).as_posix(), classes[target], classes[predicted], f'{confidence:.4f}', '']
+        for path, target, predicted, confidence in zip(
+            paths, *(values.tolist() for values in scores[:3]), strict=True)]
+    mistakes = sorted((row for row in predictions if row[1] != row[2]), key=lambda row: row[3], reverse=True)
+    predictions += [[Path(os.path.relpath(path, root)).as_posix(), classes[target], '', '', problem]
+                    for path, target, problem in unread]
+    header = ['path', 'class', 'prediction', 'probability']
     tables: Dict[str, Iterable[Iterable[Any]]] = {
-        'classes.csv': [rows[0], *(row.values() for row in rows)], 'confusion.csv': [['class', *data.classes], *matrix]}
-    with atomic_dir(args.output) as folder:
+        'classes.csv': [rows[0], *(row.values() for row in rows)],
+        'confusion.csv': [['class', *classes], *([name, *counts] for name, counts in zip(
+            classes, confusion.tolist(), strict=True))],
+        'predictions.csv': [[*header, 'problem'], *predictions],
+        'mistakes.csv': [header, *(row[:4] for row in mistakes)]}
+    with atomic_dir(output) as folder:
         for name, table in tables.items():
             with open(folder / name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
                 csv.writer(file).writerows(table)
+        (folder / 'metrics.json').write_text(json.dumps(measure(scores), indent=2) + '\n', encoding='ascii')
         if importlib.util.find_spec('matplotlib'):
-            draw_curve(folder / 'curve.png', history)
-            draw_predictions(folder / 'predictions.png', [path for path, _ in data.held_out.samples],
-                             logits.softmax(-1), targets, data.classes, data.held_out.reading.get('white_level'))
-    return summarize(predictions, targets, rows)
+            draw_confusion(folder / 'confusion.png', confusion, classes)
+            draw_mistakes(folder / 'mistakes.png', paths, scores, classes, read)
+    return summarize(scores, rows, what)

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomS
 from .console import InputError, progress, quote
 from .data import Data, open_data
 from .digits import folder_or_digits
-from .images import check_images
+from .files import atomic_dir
+from .images import check_images, read_image
 from .load import (
     HAVE_WEIGHTS,
     find_model,
@@ -41,7 +42,8 @@ from .load import (
     set_white_level,
 )
 from .options import data_arguments
-from .report import History, best_epoch, report
+from .report import History, best_epoch, score, write_report
+from .report_figures import draw_curve
 from .run_state import PATHS, check_is_free, claim, fingerprint, read_state, save_epoch
 
 MIN_BATCHES = 20  # in an epoch
@@ -207,6 +209,29 @@ def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, dev
         print("no pictures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
 
 
+def report(args: argparse.Namespace, root: Path, data: Data, model: Any, history: History) -> None:
+    """Measure a model on the validation set and, apart, on the test set if there is one; write tables and figures."""
+    device, best = next(model.parameters()).device, best_epoch(history)
+    for what, images, output in (('validation set', data.held_out, args.output),
+                                 ('test set', data.test, args.output / 'test')):
+        if not images:
+            continue
+        loader: Any = create_loader(
+            images, batch_size=args.batch_size, num_workers=args.workers, device=device,  # type: ignore[arg-type]
+            **resolve_model_data_config(model, vars(args)))
+        print(write_report(
+            output, score(*evaluate(model, loader)), [path for path, _ in images.samples], data.classes, root, what,
+            partial(read_image, **images.reading), trained_on=[target for _, target in data.train.samples]))
+    if data.validates_on_test:
+        print('the best epoch was chosen on the images of test, which flatters it; beside train and val, a test set is '
+              'measured once at the end')
+    if importlib.util.find_spec('matplotlib'):
+        with atomic_dir(args.output) as folder:
+            draw_curve(folder / 'curve.png', history, best)
+    print(f'by the best epoch, {best + 1} of {len(history)}; written to {args.output}: '
+          f'{", ".join(sorted(path.name for path in args.output.glob("[!.]*")))}')
+
+
 def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any]]) -> None:
     """Train on the images in `root`, from `state` where a run is resumed, and report on the best epoch."""
     data = open_data(root, **data_arguments(args))
@@ -226,6 +251,9 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         [path for side in (data.train, data.held_out) for path, _ in side.samples], args.workers)
     set_white_level(model, args.white_level)
     data.train.reading = data.held_out.reading = reading_options(model)
+    if data.test:
+        check_images([path for path, _ in data.test.samples], args.workers)
+        data.test.reading = reading_options(model)
     history: History = state['history'] if state else []
     announce(args, model, data, batches, device, len(history))
 
@@ -238,9 +266,7 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
                 f'timm-mobileformer finetune --resume {quote(args.output)}')
         raise type(e)(f'{e}{hint}' if history else str(e)) from e
     model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # what was saved is what is reported
-    summary = report(args, data, *evaluate(model, loaders[1]), history)
-    print(f'{summary}\nby the best epoch, {best_epoch(history) + 1} of {len(history)}; written to {args.output}: '
-          f'{", ".join(sorted(path.name for path in args.output.glob("[!.]*")))}')
+    report(args, root, data, model, history)
     print(f"timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True) loads it")
 
 

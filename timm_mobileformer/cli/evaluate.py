@@ -1,0 +1,39 @@
+"""Options of `timm-mobileformer evaluate`."""
+import argparse
+from pathlib import Path
+
+from .options import (
+    batch_size_option,
+    check_onnx,
+    class_map_option,
+    device_option,
+    folder_options,
+    model_options,
+    workers_option,
+)
+
+HELP = 'measure a model on labelled images'
+WORK = 'evaluation'
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = """\
+Measure a model on labelled images: top-1, top-5, mean over classes, per class, loss, calibration error, confusion
+matrix and mistakes.
+
+Of a folder with splits the test set is measured, or the validation set if there is no test set; of a folder that a
+finetuned model was trained on without a split, its validation set; of any other folder, all images. Classes are matched
+by name."""
+    folder_options(
+        parser, 'folder with CLASS/…, or with test/CLASS/… or val/CLASS/… (default: the data of a finetuned model)')
+    model_options(parser, required=True, note=', or an ONNX file written by export')
+    class_map_option(parser)
+    parser.add_argument('--output', type=Path, default=Path('output/evaluate'), metavar='DIR',
+                        help='folder for the tables and figures (default: output/evaluate)')
+    batch_size_option(parser, 64, 64)
+    workers_option(parser)
+    device_option(parser)
+
+
+def resolve_options(args: argparse.Namespace) -> None:
+    check_onnx(args)

@@ -1,0 +1,98 @@
+"""Measure a model on labelled images."""
+import argparse
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import torch
+
+from .classifier import open_classifier
+from .console import InputError, abbreviate
+from .data import find_labels
+from .digits import folder_or_digits
+from .files import atomic_dir
+from .folders import Labelled, contents, split_of
+from .images import try_to_read
+from .labelled import TrainingData, match_classes, training_data
+from .report import Scores, join, score, write_report
+from .tables import read_labels
+
+__all__ = ['run']
+
+
+def find_images(args: argparse.Namespace, root: Path) -> Tuple[Labelled, str]:
+    """Paths and labels of the images to measure, and what they are, in words.
+
+    Raises:
+        InputError: There are none.
+    """
+    folders = {split: f for f in contents(root)[0] if (split := split_of(f.name))
+               and (contents(f)[0] or args.label_pattern)}
+    if args.labels:
+        splits, remarks = read_labels(args.labels, root, args.label_column, bool(args.skip_unlabeled))
+    elif folders.keys() == {'train'}:
+        raise InputError(f'{root} has a training set only; to measure on it, name it: --data-dir {folders["train"]}')
+    else:
+        root = folders.get('test') or folders.get('val') or root
+        splits, remarks = find_labels(root, args.label_pattern, args.label_column, bool(args.skip_unlabeled))
+    for remark in remarks:
+        print(remark)
+    name = next(name for name in ('test', 'val', 'train') if splits.get(name))
+    return splits[name], f'{args.labels or root}' if len(splits) == 1 else f'{name} in {args.labels or root}'
+
+
+def find_unseen_images(args: argparse.Namespace, root: Path, trained: Optional[TrainingData]) -> Tuple[Labelled, str]:
+    """As `find_images`; of the data of its training, the images that a model was not trained on."""
+    if data := trained and trained.open(root):
+        images, what = (data.test, 'test set') if data.test else (data.held_out, 'validation set of its training')
+        return [(path, data.classes[target]) for path, target in images.samples], what
+    return find_images(args, root)
+
+
+def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingData]) -> int:
+    labelled, what = find_unseen_images(args, root, trained)
+    classifier = open_classifier(args)
+    index, remarks = match_classes({label for _, label in labelled}, classifier.label_names, args.model)
+    samples = [(path, index[label]) for path, label in labelled if label in index]
+    for remark in remarks:
+        print(remark)
+    if not importlib.util.find_spec('matplotlib'):
+        print("no figures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
+    with atomic_dir(args.output):  # refused before the work if it cannot be written to
+        pass
+    scores: List[Scores] = []
+    paths: List[str] = []
+    unread = []
+    for (path, target), logits in zip(
+            samples, classifier.classify([path for path, _ in samples], args), strict=True):
+        if isinstance(logits, str):
+            unread.append((path, target, logits))
+            continue
+        paths.append(path)
+        scores.append(score(logits[None], torch.tensor([target])))
+    if not scores:
+        raise InputError(f'none of {len(samples):,} images can be read: '
+                         + abbreviate(f'{path} ({why})' for path, _, why in unread))
+    print(write_report(args.output, join(scores), paths, classifier.label_names, root, what,
+                       partial(try_to_read, read=classifier.read), unread=unread))
+    if unread:
+        print(f'{len(unread):,} of {len(samples):,} images could not be read and are not counted; predictions.csv says '
+              'why')
+    print(f'written to {args.output}: {", ".join(sorted(path.name for path in args.output.iterdir()))}')
+    return 1 if unread else 0
+
+
+def run(args: argparse.Namespace) -> int:
+    trained = training_data(args.model)
+    folder = args.data_dir or args.labels and args.labels.parent
+    if not folder:
+        if not trained:
+            raise InputError('which images? --data-dir DIR names a folder of them')
+        if gone := [path for path in trained.paths if not path.exists()]:
+            raise InputError(f'{args.model} was trained on {abbreviate(gone)}, which is not there; --data-dir names '
+                             'another folder')
+        folder = trained.root
+        trained.choose(args)
+    with folder_or_digits(folder) as root:
+        return evaluate(args, root, trained)

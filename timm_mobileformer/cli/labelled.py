@@ -1,0 +1,91 @@
+"""Labelled images to measure a model on: those of its training, and classes matched by name."""
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+from timm.data import DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
+
+from .console import InputError, abbreviate
+from .data import Data, open_data
+from .options import DATA_OPTIONS
+from .run_state import fingerprint, read_state
+
+__all__ = ['TrainingData', 'match_classes', 'training_data']
+
+
+class TrainingData(NamedTuple):
+    """Where a finetuned model has the images of its training and validation from."""
+    data_dir: Optional[Path]
+    arguments: Dict[str, Any]  # of `open_data`
+    images: str  # their fingerprint
+
+    @property
+    def paths(self) -> List[Path]:
+        """What must still be there; nothing for the digits."""
+        return [path for path in (self.data_dir, self.arguments.get('labels')) if path]
+
+    @property
+    def root(self) -> Optional[Path]:
+        """Folder of the data set; None for the digits."""
+        return self.data_dir or self.paths[0].parent if self.paths else None
+
+    def choose(self, args: argparse.Namespace) -> None:
+        """Set the options of the data that were not given to those of the training."""
+        vars(args).update({key: value for key, value in self.arguments.items() if getattr(args, key, None) is None})
+
+    def open(self, root: Path) -> Optional[Data]:
+        """The training, validation and test set in a folder, if it holds the images that the model was trained on."""
+        try:
+            data = open_data(root, **self.arguments)
+        except InputError:
+            return None
+        return data if fingerprint(data, root) == self.images else None
+
+
+def training_data(model: str) -> Optional[TrainingData]:
+    """The data of a folder that finetune wrote; None for other models."""
+    try:
+        state = read_state(Path(model.removeprefix('local-dir:')))
+    except InputError:
+        return None
+    trained = state['args']
+    arguments = {key: trained[key] for key in DATA_OPTIONS if trained.get(key) is not None}
+    return TrainingData(trained['data_dir'], arguments, state['pictures'])
+
+
+def match_classes(labels: Iterable[str], known: Sequence[str], model: str) -> Tuple[Dict[str, int], List[str]]:
+    """Find the labels of images among the classes of a model, by name.
+
+    Args:
+        labels: Names of classes; those of ImageNet may be WordNet IDs such as `n01440764`.
+        known: Names of the model's classes, by index.
+        model: Its name, for errors.
+
+    Returns:
+        The index of the class of each label that the model knows, and remarks on what does not match.
+
+    Raises:
+        InputError: It knows none.
+    """
+    index = {name: i for i, name in enumerate(known)}
+    if subset := infer_imagenet_subset({'num_classes': len(known)}):
+        info: Any = ImageNetInfo(subset)
+        if list(map(DatasetInfoLabelMapper(info), range(len(known)))) == list(known):
+            index.update({info.index_to_label_name(i): i for i in range(len(known)) if info.has_label(i)})
+    for name, count in Counter(known).items():
+        if count > 1:  # as `crane` in ImageNet, a bird and a machine
+            index.pop(name, None)
+    labels = set(labels)
+    found = {label: index[label] for label in sorted(labels) if label in index}
+    if not found:
+        raise InputError(f'none of the classes of the images ({abbreviate(labels)}) is a class of {model} '
+                         f'({abbreviate(known)}); if its names are wrong or missing, --class-map FILE gives them, one '
+                         'per line')
+    remarks = []
+    if unknown := labels - found.keys():
+        remarks.append(f'not a class of {model}, and left out: {abbreviate(unknown)}')
+    indices = set(found.values())
+    if absent := [name for i, name in enumerate(known) if i not in indices]:
+        remarks.append(f'no images of {len(absent):,} of the {len(known):,} classes of {model}: {abbreviate(absent)}')
+    return found, remarks
