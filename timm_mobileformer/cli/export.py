@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 from .console import InputError, missing
-from .options import check_exist, data_options, model_options, threads_option, workers_option
+from .options import check_exist, class_map_option, data_options, model_options, threads_option, workers_option
 
 HELP = 'write files for devices'
 WORK = 'exporting'
@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('formats', nargs='+', choices=[*FORMATS, 'all'], metavar='FORMAT',
                         help=f'{", ".join(FORMATS)}, or all that can be written on this machine')
     model_options(parser, 'output/finetune', note=' (default: output/finetune)')
+    class_map_option(parser)
     parser.add_argument('--raw', action='store_true',
                         help='files take pictures (B, H, W, 3) of 0 ... 255 in the size of the model, and return '
                              'probabilities')
@@ -36,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--output', type=Path, default=Path('output/export'), metavar='DIR',
                         help='folder for the files (default: output/export)')
     parser.add_argument('--max-drop', type=float, default=1., metavar='P',
-                        help='points of top-1 that int8 may lose, besides those that may be chance (default: 1)')
+                        help='points of top-1 that int8 may lose, besides a standard error (default: 1)')
     threads_option(parser)
     workers_option(parser)
 

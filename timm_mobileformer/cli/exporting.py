@@ -1,11 +1,13 @@
-"""From a model to files that run on devices, each checked against PyTorch, with what is to be known to use them."""
+"""Export a model to files for devices, each checked against PyTorch and with its preprocessing beside it."""
 import argparse
+import hashlib
+import json
 import math
 import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,10 +20,10 @@ from .digits import folder_or_digits
 from .files import atomic_dir
 from .formats import FORMATS, Raw, Run
 from .images import Pictures, check_images
+from .labelled import TrainingData, match_classes, training_data
 from .load import class_names, load_model, reading_options
-from .metadata import describe, write_metadata
-from .options import DATA_OPTIONS, data_arguments
-from .run_state import fingerprint, read_state
+from .metadata import ExportMetadata, describe, write_metadata
+from .options import data_arguments
 
 __all__ = ['run']
 
@@ -42,11 +44,20 @@ def thin_out(samples: Sequence[Tuple[str, int]], limit: int = NUM_CALIBRATION) -
     return list(samples[::math.ceil(len(samples) / limit)])
 
 
-def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any], root: Optional[Path]) -> Inputs:
-    """Labelled pictures, if there is a folder of them; else the pictures that `--images` names; else noise.
+def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_config: Dict[str, Any],
+                root: Optional[Path], trained: Optional[TrainingData]) -> Inputs:
+    """The validation set, if there is a folder of labelled images; else the images that `--images` names; else noise.
+
+    Args:
+        args: The options.
+        model: A model of timm.
+        names: Names of its classes, by index.
+        data_config: Preprocessing of the model.
+        root: Folder of labelled images, if there is one.
+        trained: Data of the model's training, if it is known.
 
     Raises:
-        InputError: They cannot be read, or are labelled otherwise than the model is.
+        InputError: Images cannot be read, or none has a class of the model.
     """
 
     def load(samples: Sequence[Tuple[str, int]]) -> Loader:
@@ -55,16 +66,19 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
             device=torch.device('cpu'), **data_config)
 
     if root:
-        data = open_data(root, **data_arguments(args))
-        for remark in data.remarks:
+        data = trained and trained.open(root)
+        if trained and not data:
+            print('these are not the images of its training, or otherwise split: it may have been trained on some')
+        data = data or open_data(root, **data_arguments(args))
+        index, mismatches = match_classes(data.classes, names, args.checkpoint or args.model)
+        for remark in [*data.remarks, *mismatches]:
             print(remark)
-        check_classes(args, model, data.classes)
-        held_out, calibration = data.held_out.samples, thin_out(data.train.samples)
+        held_out = [(path, index[name]) for path, target in data.held_out.samples
+                    if (name := data.classes[target]) in index]
+        calibration = thin_out(data.train.samples)
         check_images([path for path, _ in [*calibration, *held_out]], args.workers)
-        if args.pictures not in ('', fingerprint(data, root)):
-            print('these are not the pictures of its training, or otherwise held out: it may have been trained on some')
         targets = torch.tensor([target for _, target in held_out])
-        return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} held-out pictures')
+        return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} images of the validation set')
     if args.images:
         found = ImageScan()
         paths = found.named(args.images)
@@ -72,20 +86,11 @@ def open_inputs(args: argparse.Namespace, model: Any, data_config: Dict[str, Any
             raise InputError(f'no pictures in {abbreviate(args.images)}{found.of_types(", only")}')
         check_images(paths, args.workers)
         loader = load([(path, 0) for path in paths])
-        return Inputs(loader, load(thin_out([(path, 0) for path in paths])), None, f'{len(paths):,} pictures')
+        return Inputs(loader, load(thin_out([(path, 0) for path in paths])), None, f'{len(paths):,} images')
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     pixels = torch.randint(256, (8, *data_config['input_size']), generator=generator)
     return Inputs([((pixels / 255 - mean) / std, torch.zeros(8))], None, None, 'noise')
-
-
-def check_classes(args: argparse.Namespace, model: Any, classes: List[str]) -> None:
-    known = list(model.pretrained_cfg.get('label_names') or ())
-    if model.num_classes != len(classes) or known and known != classes:
-        raise InputError(f'{args.checkpoint or args.model} has {model.num_classes:,} classes '
-                         f'({abbreviate(known) or "without names"}), the data {len(classes):,} '
-                         f'({abbreviate(classes)}); give the --data-dir that it was trained on, or pictures of any '
-                         'kind with --images')
 
 
 @torch.inference_mode()
@@ -107,12 +112,19 @@ def latencies(runs: Dict[str, Run], inputs: Dict[str, torch.Tensor], rounds: int
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
+def count_changes(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> Tuple[int, int]:
+    """How many images are right in PyTorch alone, and how many in the exported file alone."""
+    right, was_right = (logits.argmax(1) == targets for logits in (answers, wanted))
+    return int((was_right & ~right).sum()), int((right & ~was_right).sum())
+
+
 def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, max_drop: float,
                   ) -> None:
-    """Refuse answers that are not PyTorch's, or, of int8, that are right too seldom.
+    """Refuse answers that differ from those of PyTorch, or, in int8, lose accuracy.
 
-    Of a few pictures, one or two change sides by chance. The number of those that were right in one of the two only
-    says how many (McNemar's test): twice its root is forgiven.
+    Quantization changes some predictions by chance, for better or worse. The difference of the two numbers, lost and
+    won, has a standard error of the root of their sum (McNemar 1947), which int8 may lose besides `max_drop`. So of 20
+    images one may be lost, of 100 two, of 10,000 with 200 changes 114.
 
     Raises:
         InputError: They are refused.
@@ -122,12 +134,11 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
         if not difference <= tolerance:
             raise InputError(f'differs from PyTorch by {difference:.2g}, more than {tolerance:.2g}')
         return
-    right, was_right = (logits.argmax(1) == targets for logits in (answers, wanted))
-    lost, won = (was_right & ~right).sum().item(), (right & ~was_right).sum().item()
-    drop, by_chance = (100 * n / len(targets) for n in (lost - won, 2 * math.sqrt(lost + won)))
+    lost, won = count_changes(answers, wanted, targets)
+    drop, by_chance = (100 * n / len(targets) for n in (lost - won, math.sqrt(lost + won)))
     if drop - by_chance > max_drop:
-        raise InputError(f'loses {drop:.2f} points on {len(targets):,} pictures ({lost} lost, {won} won), more than '
-                         f'--max-drop {max_drop:g} and the {by_chance:.2f} that may be chance')
+        raise InputError(f'loses {drop:.2f} points on {len(targets):,} images ({lost} lost, {won} won), more than '
+                         f'--max-drop {max_drop:g} and the standard error of {by_chance:.2f}')
 
 
 def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
@@ -137,15 +148,43 @@ def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, 
             f'{same:.2f}' if inputs.calibration else '–', f'{(answers - wanted).abs().max().item():.1g}']
 
 
-def export(args: argparse.Namespace, root: Optional[Path]) -> int:
+def fingerprint_weights(model: nn.Module) -> str:
+    """Hash of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def remove_others(folder: Path, about: ExportMetadata) -> List[str]:
+    """Remove files of the same architecture with other weights, preprocessing or input; returns their names."""
+    removed = []
+    for path in sorted(folder.glob(f'{about["architecture"]}.*.json')):
+        file = path.with_suffix('')
+        try:
+            found = json.loads(path.read_text())
+            is_other = found['input_name'] and any(
+                found.get(key) != json.loads(json.dumps(value)) for key, value in about.items() if key != 'input_shape')
+        except (ValueError, LookupError, TypeError):
+            continue  # none of this command
+        if is_other:
+            for old in path, file, file.with_suffix('.bin'):  # OpenVINO's weights
+                if old.exists() and (old.suffix != '.bin' or file.suffix == '.xml'):
+                    old.unlink()
+            removed.append(file.name)
+    return removed
+
+
+def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[TrainingData]) -> int:
     model = load_model(args).eval()
     torch.set_num_threads(args.threads)
     data_config = resolve_model_data_config(model, vars(args))
-    inputs = open_inputs(args, model, data_config, root)
+    names = class_names(model, args.class_map)
+    inputs = open_inputs(args, model, names, data_config, root, trained)
     with atomic_dir(args.output):  # refused before the work if it cannot be written to
         pass
     architecture = model.pretrained_cfg['architecture']
-    about = describe(model, data_config, class_names(model), args.raw)
+    about = {**describe(model, data_config, names, args.raw), 'weights_sha256': fingerprint_weights(model)}
 
     plain: Any = reparameterize_model(model).requires_grad_(False)
     raw = Raw(plain, data_config['mean'], data_config['std'])
@@ -163,7 +202,9 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     for title, answers in by_pytorch.items():
         size = sum(tensor.nbytes for tensor in modules[title].state_dict().values())
         rows[title] = ['', f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
-    failed = []
+    failed: List[str] = []
+    changes: List[str] = []
+    removed: List[str] = []
     for name in progress(args.formats, 'export', unit='format'):
         form = FORMATS[name]
         try:
@@ -180,6 +221,9 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
                 check_answers(name, answers, wanted, targets, args.max_drop)
                 rows[form.title] = [path.name, f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
                 runs[form.title] = run
+                if name.endswith('int8'):
+                    changes.append('{} lost, {} won in {}'.format(*count_changes(answers, wanted, targets), form.title))
+            removed += remove_others(args.output, about)
         except Exception as e:  # exporters fail in ways of their own
             failed.append(f'{name}: {reason(e, 300)}')
 
@@ -195,36 +239,34 @@ def export(args: argparse.Namespace, root: Optional[Path]) -> int:
     eager = times['PyTorch, as trained']
     for title, row in rows.items():
         print('|', ' | '.join([title, *row, f'{times[title]:.2f}', f'{eager / times[title]:.2f}']), '|')
+    if changes:
+        print(f'\nint8 may lose --max-drop {args.max_drop:g} points and a standard error, the root of the changed '
+              f'predictions; of {len(targets):,} images: {"; ".join(changes)}')
+    if removed:
+        print(f'\nremoved from {args.output}, since another export wrote them: {", ".join(removed)}')
     for problem in args.left_out + failed:
         print(f'\nleft out: {problem}')
     return 1 if failed else 0
 
 
-def take_data_of_training(args: argparse.Namespace) -> bool:
-    """Where the folder of a run of finetune is exported, let its data be the default, and its share of held-out ones.
-
-    Returns:
-        Whether these are the digits.
-    """
-    try:
-        state = read_state(Path(args.model.removeprefix('local-dir:')))
-    except InputError:
-        state = {'args': {}, 'pictures': ''}
-    trained, args.pictures = state['args'], state['pictures']
-    args.val_split = args.val_split or trained.get('val_split') or 0.2
-    if args.images or args.data_dir or args.labels or not trained:
-        return False
-    paths = [path for key in ('data_dir', 'labels') if (path := trained[key])]
-    if gone := [path for path in paths if not path.exists()]:
+def choose_data(args: argparse.Namespace, trained: Optional[TrainingData]) -> ContextManager[Optional[Path]]:
+    """The folder of labelled images: the one that is named, else that of the training; the options follow it."""
+    folder = args.data_dir or args.labels and args.labels.parent
+    if trained:
+        args.val_split = args.val_split or trained.arguments.get('val_split')
+    if folder:
+        return folder_or_digits(folder)
+    if args.images or not trained:
+        return nullcontext()
+    if gone := [path for path in trained.paths if not path.exists()]:
         print(f'{args.model} was trained on {abbreviate(gone)}, which is not there; --data-dir names another folder')
-        return False
-    vars(args).update({key: trained.get(key) for key in ('data_dir', *DATA_OPTIONS) if getattr(args, key) is None})
-    print(f'checked on the pictures that were held out in training, of {abbreviate(paths) or "the digits"}')
-    return not paths
+        return nullcontext()
+    trained.choose(args)
+    print(f'checked on the validation set of its training, from {abbreviate(trained.paths) or "the digits"}')
+    return folder_or_digits(trained.root)
 
 
 def run(args: argparse.Namespace) -> int:
-    are_digits = take_data_of_training(args)
-    folder = args.data_dir or args.labels and args.labels.parent
-    with folder_or_digits(folder) if folder or are_digits else nullcontext() as root:
-        return export(args, root)
+    trained = training_data(args.model)
+    with choose_data(args, trained) as root:
+        return export(args, root, trained)
