@@ -339,7 +339,8 @@ def plain_run(tmp_path_factory):
 
 @pytest.mark.parametrize('option', [
     '', '--lr 2e-3', '--weight-decay 1', '--layer-decay 0.5', '--smoothing 0.3', '--amp', '--drop 0.5',
-    '--drop-path 0.5', '--scale 0.2 0.3', '--hflip 0', '--aa rand-m9', '--seed 1'])
+    '--drop-path 0.5', '--scale 0.2 0.3', '--hflip 0', '--aa rand-m9', '--seed 1', '--batch-size 8',
+    '--epoch-repeats 2'])
 def test_every_option_of_training_is_felt(plain_run, tmp_path, option):
     args, weights = plain_run
     assert not run_here(*args, *option.split(), '--output', tmp_path)
