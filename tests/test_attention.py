@@ -182,16 +182,16 @@ def with_part(name, change):
 
 
 @pytest.mark.parametrize(['make', 'kind'], [
-    (lambda: timm.create_model('test_resnet'), 'not in ResNet'),
-    (lambda: timm.create_model('test_vit', features_only=True), 'not in VisionTransformer'),
-    (lambda: torch.compile(make_model()), 'not in compiled or scripted OptimizedModule'),
+    (lambda: timm.create_model('test_resnet'), 'not a ResNet'),
+    (lambda: timm.create_model('test_vit', features_only=True), 'not a VisionTransformer'),
+    (lambda: torch.compile(make_model()), 'not a compiled or scripted OptimizedModule'),
     (lambda: with_part('stages.1.0', lambda block: block.compile()), 'MobileFormerBlock stages.1.0'),
     (lambda: with_part('stages.1.0', torch.compile), 'OptimizedModule stages.1.0'),
     (lambda: with_part('stages.2', torch.compile), 'OptimizedModule stages.2'),
     (lambda: with_part('stages.1.0', torch.jit.script), 'RecursiveScriptModule stages.1.0'),
     (lambda: with_part('stages.4.1.former_to_mobile', torch.jit.script), 'stages.4.1.former_to_mobile'),
-    (lambda: torch.jit.script(make_model()), 'not in compiled or scripted RecursiveScriptModule'),
-    (lambda: torch.nn.Sequential(make_model()), 'not in Sequential'),
+    (lambda: torch.jit.script(make_model()), 'not a compiled or scripted RecursiveScriptModule'),
+    (lambda: torch.nn.Sequential(make_model()), 'not a Sequential'),
 ], ids=[
     'resnet', 'features', 'compiled', 'block compiled in place', 'block compiled', 'stage compiled', 'block scripted',
     'bridge scripted', 'scripted', 'wrapped'])

@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_model import THREE_BLOCKS
 from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 
@@ -130,7 +131,7 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     pytest.param(name, marks=needs(name)) for name in ('openvino', 'executorch', 'aoti')])
 def test_runtime_agrees_on_any_batch(name, tmp_path):
     torch.manual_seed(0)
-    stages = ('L2:8', 'D2,2:16')[:1 if name == 'aoti' else 2]  # that compiles long, and test_model compiles them all
+    stages = THREE_BLOCKS[:1 if name == 'aoti' else 2]  # that compiles long, and test_model compiles them all
     model = MobileFormer(8, 2, 32, stages, 32, num_classes=10).eval()
     with torch.no_grad():
         for parameter in model.parameters():

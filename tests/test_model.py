@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from typing import Any, List
 
 import pytest
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_mobileformer import MobileFormer
 
 TINY = 'test_mobileformer'
+THREE_BLOCKS = (('bneck-lite', 2, 8, 1),), (('M-F-down', (2, 2), 16, 2), ('M-F', 2, 16, 1))
 TABLE = {  # exact parameters; millions of multiply-adds of convolutions and matrix products at 224 x 224
     'mobileformer_26m': (3_232_788, 23.55),
     'mobileformer_52m': (3_469_092, 49.29),
@@ -106,6 +108,17 @@ def test_images_are_prepared_as_the_authors_did():
     assert data['interpolation'] == 'bilinear'
     assert data['mean'] == timm.data.IMAGENET_DEFAULT_MEAN
     assert data['std'] == timm.data.IMAGENET_DEFAULT_STD
+
+
+def test_the_defaults_of_the_class_are_294m():
+    ours, named = MobileFormer(device='meta'), timm.create_model('mobileformer_294m', device='meta')
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in named.state_dict().items()}
+
+
+@pytest.mark.parametrize('row', [('M-F', 2, 8, 2), ('mf', 2, 8, 1)])
+def test_an_unknown_kind_of_block_or_stride_is_refused(row):
+    with pytest.raises(AssertionError, match=re.escape(f'{row[0]!r}, {row[3]}')):
+        MobileFormer(stages=((('bneck-lite', 2, 8, 1), row),), device='meta')
 
 
 # Arguments of create_model
@@ -588,7 +601,7 @@ def onnx_file(request, tmp_path_factory):
 
 def three_blocks() -> Any:
     """A block of each kind, which is exported and quantized sooner than the nine of the tiny model."""
-    return lively(MobileFormer(8, 2, 32, ('L2:8', 'D2,2:16 B2:16'), 32, num_classes=10))
+    return lively(MobileFormer(8, 2, 32, THREE_BLOCKS, 32, num_classes=10))
 
 
 def run_onnx(path: str, x: torch.Tensor) -> torch.Tensor:

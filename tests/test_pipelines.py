@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from test_model import THREE_BLOCKS
 from timm.models._hub import save_for_hf
 from timm.utils import reparameterize_model
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -275,7 +276,7 @@ def test_torchao_quantizes_the_linear_layers(fused):
 def test_nncf_quantizes_the_exported_graph(dynamo, tmp_path):
     nncf = pytest.importorskip('nncf', reason='nncf is not installed')
     onnx = pytest.importorskip('onnx', reason='onnx is not installed')
-    model = reparameterize_model(MobileFormer(8, 2, 32, ('L2:8', 'D2,2:16 B2:16'), 32).eval())
+    model = reparameterize_model(MobileFormer(8, 2, 32, THREE_BLOCKS, 32).eval())
     torch.onnx.export(model, (torch.randn(1, 3, 64, 64),), tmp_path / 'model.onnx', dynamo=dynamo)
     graph = onnx.load(tmp_path / 'model.onnx')
     examples = nncf.Dataset([{graph.graph.input[0].name: torch.randn(1, 3, 64, 64).numpy()}])

@@ -1,4 +1,4 @@
-"""What the tokens see: the attention on every bridge between image and tokens, as tensors."""
+"""The attention between map and tokens, in both directions, as tensors."""
 from contextlib import ExitStack, contextmanager
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
@@ -12,14 +12,14 @@ __all__ = ['BridgeAttention', 'attention_maps']
 
 
 class BridgeAttention(NamedTuple):
-    """The attention on the two bridges of one block, or on the last bridge (Sec. 3.1, Eq. 1 and 2).
+    """Attention weights of the bridges of one block, or of the last bridge (Sec. 3.1, Eq. 1 and 2).
 
     Attributes:
-        name: The block, such as 'stages.1.0', or 'mobile_to_former' for the last bridge.
-        mobile_to_former: Mobile->Former (B, heads, M, H, W): where in the block's input each token gathers; sums to 1
-            over the positions. The last bridge serves the first token alone: (B, heads, 1, H, W).
-        former_to_mobile: Mobile<-Former (B, heads, M, H / stride, W / stride): from which tokens each position of the
-            block's output takes; sums to 1 over the tokens. None for the last bridge, which has one direction only.
+        name: Name of the block, such as 'stages.1.0', or 'mobile_to_former' for the last bridge.
+        mobile_to_former: Mobile->Former (B, heads, M, H, W), from each token to the positions of the block's input;
+            sums to 1 over the positions. The last bridge has the first token only: (B, heads, 1, H, W).
+        former_to_mobile: Mobile<-Former (B, heads, M, H / stride, W / stride), from each position of the block's output
+            to the tokens; sums to 1 over the tokens. None for the last bridge, which does not have this direction.
     """
     name: str
     mobile_to_former: torch.Tensor
@@ -41,13 +41,13 @@ def _runs_without_hooks(module: nn.Module) -> bool:
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
-    """Put the model in evaluation mode and record, at every bridge, what the attention there is made of."""
+    """Put the model in evaluation mode and record the attention weights of every bridge."""
     net = model.model if isinstance(model, FeatureGetterNet) else model
     unreadable = [f'{type(m).__name__} {name}'.strip() for name, m in model.named_modules() if _runs_without_hooks(m)]
     if unreadable or not isinstance(net, MobileFormer):
         raise TypeError(
-            'attention is read inside a Mobile-Former as create_model returns it, with features_only or without, '
-            'before it or a part of it is compiled, scripted or wrapped; not in '
+            'attention_maps takes a Mobile-Former from create_model, with or without features_only, before it or a '
+            'part of it is compiled, scripted or wrapped; not a '
             f'{"compiled or scripted " + unreadable[0] if unreadable else type(net).__name__}')
 
     bridges = {m: name for name, m in net.named_modules() if isinstance(m, (MobileToFormer, FormerToMobile))}
@@ -69,7 +69,7 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
             hooks.enter_context(bridge.register_forward_pre_hook(record))
         try:
             model.eval()
-            net.set_grad_checkpointing(False)  # which would run the blocks again in backward, without the hooks
+            net.set_grad_checkpointing(False)  # it would run the blocks again in backward, without the hooks
             yield maps
             if [module for module, _ in called] != [*bridges]:
                 raise TypeError('attention cannot be read: not every bridge of the model was called once and in order')
@@ -86,22 +86,21 @@ def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
 
 
 def attention_maps(model: nn.Module, images: torch.Tensor) -> List[BridgeAttention]:
-    """The attention that a Mobile-Former pays, in both directions of every bridge.
+    """Compute the attention weights of a Mobile-Former, in both directions of every bridge.
 
-    The model runs once in evaluation mode and is left as it was. As with a call of the model, the result is part of
-    the autograd graph unless the caller says `torch.no_grad()`, so a loss or a saliency method may use it; device,
-    dtype and autocast are the caller's too.
+    The model is run once in evaluation mode; its training mode is restored. The results are part of the autograd graph
+    unless gradients are disabled with `torch.no_grad()`, so they can be used in a loss or a saliency method.
 
     Args:
-        model: A Mobile-Former, also with `features_only` or after `reparameterize_model`.
+        model: A Mobile-Former, with or without `features_only` and `reparameterize_model`.
         images: Preprocessed images (B, in_chans, H, W).
 
     Returns:
-        One `BridgeAttention` for each Mobile-Former block in order, then one for the last bridge if the model has it
-        (with `features_only` it has not).
+        One `BridgeAttention` for each Mobile-Former block in order, then one for the last bridge, which a model with
+        `features_only` does not have.
 
     Raises:
-        TypeError: The model is no Mobile-Former, or it or a part of it is compiled, scripted or wrapped.
+        TypeError: The model is not a Mobile-Former, or a part of it is compiled, scripted or wrapped.
     """
     with _recording(model) as maps:
         model(images)

@@ -1,6 +1,6 @@
-"""Checkpoints in the authors' layout and in ours.
+"""Conversion of checkpoints from the authors' parameter names to ours.
 
-The authors' program (https://github.com/AAboys/MobileFormer) holds the same tensors under other names.
+The authors' code (https://github.com/AAboys/MobileFormer) has the same tensors under other names.
 """
 import logging
 from typing import Any, Dict, Iterable
@@ -13,7 +13,7 @@ __all__ = ['CheckpointMismatchError', 'checkpoint_filter_fn']
 
 _logger = logging.getLogger(__name__)
 
-# A part of ours and what the authors call it.
+# Our module names and the authors'.
 _MODEL = {
     'stem.conv': 'stem.0',
     'stem.bn': 'stem.1',
@@ -27,7 +27,7 @@ _MODEL = {
     'head_hidden.bn': 'classifier.fc.1',
     'classifier': 'classifier.classifier.1',
 }
-# The same within `stages.S.B` of ours and `features.I` of theirs, which are counted through all stages.
+# The same within a block: `stages.S.B` in ours, `features.I` in theirs, which numbers the blocks of all stages.
 _BLOCK = {
     # lite bottleneck
     'conv1.conv': 'conv.0',
@@ -46,7 +46,7 @@ _BLOCK = {
     'former.fc1': 'global_block.ffn.0',
     'former.fc2': 'global_block.ffn.2',
     'former.norm2': 'global_block.ffn_norm',
-    # Mobile; the number of a dynamic ReLU is that of the convolution before it
+    # Mobile; a dynamic ReLU has the number of the convolution before it
     **{f'mobile.conv{i}.conv': f'conv{i}.0' for i in (1, 2, 3, 4)},
     **{f'mobile.conv{i}.bn': f'conv{i}.1' for i in (1, 2, 3, 4)},
     **{f'mobile.act{i}.fc1': f'hyper{i}.hyper.0' for i in (1, 2, 3)},
@@ -62,12 +62,12 @@ class CheckpointMismatchError(RuntimeError):
 
 
 def _names_in(state: Iterable[str]) -> Dict[str, str]:
-    """Our name of every tensor of the Mobile-Former in a model, and its name in the state dict of that model.
+    """Map our tensor names to those in the state dict of a model that is, or contains, a Mobile-Former.
 
     The Mobile-Former may be compiled, or part of another module, as with `features_only` and DistributedDataParallel.
 
     Raises:
-        TypeError: There is none in the model, or it is reparameterized.
+        TypeError: The model contains no Mobile-Former, or it is reparameterized.
     """
     names = {name.replace('_orig_mod.', ''): name for name in state}
     prefix = next((name.removesuffix('stem.bn.weight') for name in names if name.endswith('stem.bn.weight')), None)
@@ -78,7 +78,7 @@ def _names_in(state: Iterable[str]) -> Dict[str, str]:
 
 
 def _authors_names(keys: Iterable[str]) -> Dict[str, str]:
-    """The authors' name of every tensor of ours, which come in the order of the network."""
+    """Map our tensor names, given in the order of the network, to the authors'."""
     names: Dict[str, str] = {}
     blocks: Dict[str, int] = {}
     for key in keys:
@@ -102,23 +102,24 @@ def checkpoint_filter_fn(
         model: nn.Module,
         strict: bool = True,
 ) -> Dict[str, torch.Tensor]:
-    """Bring a checkpoint, the authors' or ours, into our layout, and refuse one that does not fit the model.
+    """Convert a checkpoint in the authors' layout or in ours to ours, and check that it matches the model.
 
-    Only the classifier and the channels of the images may differ, timm adapts those.
+    The number of classes and of image channels may differ; timm adapts these.
 
     Args:
-        state_dict: Tensors by name, or a training checkpoint that holds them.
-        model: The model to load, before `reparameterize_model`; it may be wrapped, compiled or part of another one.
-        strict: Refuse missing and surplus tensors too; a warning names them otherwise. A model with `features_only`
-            has no head, to which some tensors of a checkpoint belong.
+        state_dict: State dict, or a training checkpoint that contains one.
+        model: Model to load the checkpoint into, before `reparameterize_model`; it may be wrapped, compiled or part of
+            another model.
+        strict: Raise an error also for missing and unexpected tensors, instead of logging a warning. A model with
+            `features_only` has no head, to which some tensors of a checkpoint belong.
 
     Returns:
-        Tensors by their names in `model.state_dict()`.
+        The state dict with the names of `model.state_dict()`.
 
     Raises:
-        CheckpointMismatchError: Tensors are missing, surplus or of the wrong shape; the error names them as the
-            checkpoint does.
-        TypeError: The model is no Mobile-Former, or it is reparameterized.
+        CheckpointMismatchError: Tensors are missing, unexpected or have the wrong shape. The error lists them by their
+            names in the checkpoint.
+        TypeError: The model is not a Mobile-Former, or it is reparameterized.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -128,7 +129,7 @@ def checkpoint_filter_fn(
     state = model.state_dict()
     full_names = _names_in(state)
     target = {name: state[full] for name, full in full_names.items()}
-    keys = [*target, 'classifier.weight', 'classifier.bias']  # a model without classifier may be given one with it
+    keys = [*target, 'classifier.weight', 'classifier.bias']  # also accepted by a model without one
     names = _authors_names(keys) if 'tokens.weight' in state_dict else {key: key for key in keys}
     ours = {name: key for key, name in names.items()}
     out = {ours.get(name, name): tensor for name, tensor in state_dict.items()}

@@ -13,14 +13,13 @@ Original code: https://github.com/AAboys/MobileFormer
   year={2022}
 }
 
-Two streams run side by side: a local feature map ``x: (B, C, H, W)`` and a few global tokens ``z: (B, M, d)``. Every
-block takes both through the paper's four parts, in this order (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
-Where the paper and the authors' program differ, the program decides, so that their checkpoints load.
+Two streams run in parallel: a local feature map ``x: (B, C, H, W)`` and a few global tokens ``z: (B, M, d)``. Each
+block passes them through the paper's four parts in this order (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
+Where the paper and the authors' code differ, the implementation follows the code, so that their checkpoints load.
 """
 import os
-import re
 from functools import partial
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -29,81 +28,28 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SelectAdaptivePool2d, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import checkpoint_filter_fn
-from .dynamic_relu import DynamicReLU, check_foldable
+from .dynamic_relu import DynamicReLU
+from .layers import ChannelShuffle, ConvNorm, LinearNorm
 from .pretrained import explain_missing_weights
+
+try:
+    from timm.models import checkpoint
+except ImportError:  # timm before 1.0.13
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 __all__ = ['MobileFormer']
 
 
-class ConvNorm(nn.Sequential):
-    """A convolution without bias and its BatchNorm; 'same' padding for odd kernels."""
-
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            kernel_size: int = 1,
-            stride: int = 1,
-            dilation: int = 1,
-            groups: int = 1,
-            device=None,
-            dtype=None,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        padding = dilation * (kernel_size - 1) // 2
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_chs, **dd)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Conv2d:
-        check_foldable(self.conv)
-        conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
-        for parameter in conv.parameters():  # PyTorch's function leaves the new bias frozen
-            parameter.requires_grad_(self.conv.weight.requires_grad)
-        return conv
-
-
-class LinearNorm(nn.Sequential):
-    """A linear layer and its BatchNorm."""
-
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.linear = nn.Linear(in_features, out_features, **dd)
-        self.bn = nn.BatchNorm1d(out_features, **dd)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Linear:
-        check_foldable(self.linear)
-        return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
-
-
-class ChannelShuffle(nn.Module):
-    """Interleave the channels of `groups` groups, which only the grouped variant (26M) needs."""
-
-    def __init__(self, groups: int):
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x.shape
-        return x.view(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
-
-
 @torch.fx.wrap
 def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
-    """Attention whose keys and values are one tensor, not projected.
+    """Scaled dot-product attention with one tensor as both keys and values.
 
     Args:
         q: Queries (B, h, M, c).
-        kv: Keys, which are the values too, (B, h, N, c).
-        fused_attn: Use the fused kernel where it reads `kv` in place, as of tokens and of a map in channels-last; there
-            it saves 6 % of the time of 16 images of 294M.
+        kv: Keys and values (B, h, N, c).
+        fused_attn: Use the fused kernel if it can read `kv` without a copy: for tokens, and for a map in channels-last.
 
     Returns:
         (B, h, M, c)
@@ -116,11 +62,11 @@ def attend(q: torch.Tensor, kv: torch.Tensor, fused_attn: bool) -> torch.Tensor:
 
 @torch.fx.wrap
 def distribute(x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """A map plus attention whose queries are its positions, not projected.
+    """Add to a map the attention in which its positions are the queries.
 
     Args:
-        x: Map (B, C, H, W), read in place whatever its memory format.
-        k: Scaled keys (B, h, M, c), with h * c = C.
+        x: Map (B, C, H, W), contiguous or in channels-last.
+        k: Keys (B, h, M, c), already scaled, with h * c = C.
         v: Values (B, h, M, c).
 
     Returns:
@@ -129,9 +75,9 @@ def distribute(x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     B, C, H, W = x.shape
     h, M, c = k.shape[1:]
     q = x.view(B, h, c, H * W)
-    if q.stride(2) == 1:  # channels-last, where one product for all heads would copy the map
+    if q.stride(2) == 1:  # channels-last: a batched product over the heads would copy the map
         heads: List[torch.Tensor] = []
-        for q_h, k_h, v_h in zip(q.unbind(1), k.unbind(1), v.unbind(1)):  # noqa: B905, as TorchScript has it
+        for q_h, k_h, v_h in zip(q.unbind(1), k.unbind(1), v.unbind(1)):  # noqa: B905, for TorchScript
             attn = (k_h @ q_h).softmax(dim=1)
             heads.append(torch.baddbmm(q_h.transpose(1, 2), attn.transpose(1, 2), v_h))
         return torch.cat(heads, dim=2).view(B, H, W, C).permute(0, 3, 1, 2)
@@ -140,10 +86,10 @@ def distribute(x: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 
 class MobileToFormer(nn.Module):
-    """Mobile->Former, local to global: the tokens gather from the map (Sec. 3.1, Eq. 1).
+    """Mobile->Former: the tokens attend to the map, local to global (Sec. 3.1, Eq. 1).
 
-    ``LN(z + W_o (gate * [softmax(q_h x_h^T / sqrt(C/h)) x_h]_h))`` with ``q = W_q z``; only the queries are projected.
-    The gate, which the paper leaves out, is ``2 hard_sigmoid(W_a z)``.
+    ``LN(z + W_o (gate * [softmax(q_h x_h^T / sqrt(C/h)) x_h]_h))`` with ``q = W_q z``. Only the queries are projected;
+    keys and values are the map. The gate ``2 hard_sigmoid(W_a z)`` is in the authors' code but not in the paper.
 
     Args:
         dim: Channels of the map, C.
@@ -175,14 +121,14 @@ class MobileToFormer(nn.Module):
 
 
 class Former(nn.Module):
-    """Former: attention among the tokens and a feed-forward network, post-norm (Sec. 3.2, "Former sub-block").
+    """Former: self-attention of the tokens and a feed-forward network, both post-norm (Sec. 3.2, "Former sub-block").
 
-    Only the query is projected; keys and values are the tokens.
+    Only the queries are projected; keys and values are the tokens.
 
     Args:
         token_dim: Width of a token, d.
         num_heads: Number of heads.
-        drop_path: Stochastic depth rate of the attention; the feed-forward network has none.
+        drop_path: Stochastic depth rate of the attention branch; the feed-forward branch is never dropped.
     """
 
     def __init__(self, token_dim: int, num_heads: int = 4, drop_path: float = 0., device=None, dtype=None):
@@ -210,12 +156,12 @@ class Former(nn.Module):
 
 
 class Mobile(nn.Module):
-    """Mobile: an inverted bottleneck activated by dynamic ReLU (Sec. 3.2, "Mobile sub-block").
+    """Mobile: an inverted bottleneck with dynamic ReLU (Sec. 3.2, "Mobile sub-block").
 
     Args:
         in_chs: Channels of the input, C_in.
         out_chs: Channels of the output, C_out.
-        expand: Expansion, the hidden width over C_in.
+        expand: Expansion ratio; the hidden width is expand * C_in.
         token_dim: Width of a token, d.
         dilation: Dilation of the depthwise convolution.
         groups: Groups of the 1x1 convolutions.
@@ -261,13 +207,13 @@ class Mobile(nn.Module):
 class MobileDown(nn.Module):
     """Mobile of a downsample block (Sec. 3.2, "Downsample Mobile-Former block").
 
-    A depthwise convolution of stride 2 with its 1x1 convolution gives ``u``; a second such pair, of stride 1, runs on
-    ``u`` with a shortcut.
+    A depthwise convolution of stride 2 and a 1x1 convolution compute ``u``; a second pair, of stride 1, is a residual
+    branch on ``u``.
 
     Args:
         in_chs: Channels of the input, C_in.
         out_chs: Channels of the output, C_out.
-        expand: Expansions: hidden width of the first pair over C_in, of the second over C_out.
+        expand: Expansion ratios; the hidden widths are expand[0] * C_in and expand[1] * C_out.
         token_dim: Width of a token, d.
         stride: Stride of the first depthwise convolution.
         dilation: Dilations of the two depthwise convolutions.
@@ -310,10 +256,10 @@ class MobileDown(nn.Module):
 
 
 class FormerToMobile(nn.Module):
-    """Mobile<-Former, global to local: every position of the map takes from the tokens (Sec. 3.1, Eq. 2).
+    """Mobile<-Former: the map attends to the tokens, global to local (Sec. 3.1, Eq. 2).
 
-    ``x + [softmax(x_h k_h^T / sqrt(C/h)) v_h]_h`` with ``k = W_k z``, ``v = W_v z``, softmax over the tokens; the
-    queries are the map, not projected.
+    ``x + [softmax(x_h k_h^T / sqrt(C/h)) v_h]_h`` with ``k = W_k z`` and ``v = W_v z``, softmax over the tokens. Keys
+    and values are projected; the queries are the map.
 
     Args:
         dim: Channels of the map, C.
@@ -334,17 +280,17 @@ class FormerToMobile(nn.Module):
         """Map (B, C, H, W) and tokens (B, M, d) to a map (B, C, H, W)."""
         (B, M, _), C, h = z.shape, x.shape[1], self.num_heads
         k = (self.k(z) * (C // h) ** -0.5).view(B, M, h, C // h).transpose(1, 2)
-        v = self.drop_path(self.v(z)).view(B, M, h, C // h).transpose(1, 2)  # the result is linear in the values
+        v = self.drop_path(self.v(z)).view(B, M, h, C // h).transpose(1, 2)  # same as dropping the sum
         return distribute(x, k, v)
 
 
 class LiteBottleneck(nn.Module):
-    """The first block: a lite bottleneck (Sec. 3.3), which leaves the tokens alone.
+    """Lite bottleneck, the first block (Sec. 3.3); it returns the tokens unchanged.
 
     Args:
         in_chs: Channels of the input, C_in.
         out_chs: Channels of the output, C_out.
-        expand: Expansion, the hidden width over C_in.
+        expand: Expansion ratio; the hidden width is expand * C_in.
         stride: Stride of the depthwise convolution.
         groups: Groups of the 1x1 convolution.
         drop_path: Stochastic depth rate.
@@ -371,7 +317,7 @@ class LiteBottleneck(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map (B, C_in, H, W) to a map (B, C_out, H / stride, W / stride); the tokens pass."""
+        """Map (B, C_in, H, W) to a map (B, C_out, H / stride, W / stride), and the tokens as they are."""
         shortcut = x
         x = self.conv2(self.shuffle(self.act(self.conv1(x))))
         if self.has_skip:
@@ -385,11 +331,8 @@ class MobileFormerBlock(nn.Module):
     Args:
         in_chs: Channels of the input, C_in.
         out_chs: Channels of the output, C_out.
-        expand: Expansion; two of them make it a downsample block.
         token_dim: Width of a token, d.
-        stride: Stride of a downsample block.
-        dilation: Dilations of its depthwise convolutions before and after its stride.
-        groups: Groups of the 1x1 convolutions.
+        mobile: The Mobile part: `Mobile`, or `MobileDown` in a downsample block.
         drop_path: Stochastic depth rate.
     """
 
@@ -397,11 +340,8 @@ class MobileFormerBlock(nn.Module):
             self,
             in_chs: int,
             out_chs: int,
-            expand: Tuple[int, ...],
             token_dim: int,
-            stride: int = 1,
-            dilation: Tuple[int, int] = (1, 1),
-            groups: int = 1,
+            mobile: nn.Module,
             drop_path: float = 0.,
             device=None,
             dtype=None,
@@ -410,12 +350,7 @@ class MobileFormerBlock(nn.Module):
         super().__init__()
         self.mobile_to_former = MobileToFormer(in_chs, token_dim, drop_path=drop_path, **dd)
         self.former = Former(token_dim, drop_path=drop_path, **dd)
-        if len(expand) == 2:
-            self.mobile: nn.Module = MobileDown(
-                in_chs, out_chs, expand, token_dim, stride, dilation, groups, drop_path=drop_path, **dd)
-        else:
-            self.mobile = Mobile(
-                in_chs, out_chs, expand[0], token_dim, dilation[1], groups, drop_path=drop_path, **dd)
+        self.mobile = mobile
         self.former_to_mobile = FormerToMobile(out_chs, token_dim, drop_path=drop_path, **dd)
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -428,56 +363,68 @@ class MobileFormerBlock(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """The blocks of one resolution."""
+    """The blocks at one resolution."""
 
     def __init__(self, blocks: List[nn.Module]):
         super().__init__(blocks)
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map and tokens (B, M, d) to the next map and tokens."""
+        """Map (B, C, H, W) and tokens (B, M, d) to the stage's map and tokens."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, z = checkpoint(block, x, z, use_reentrant=False)
+                x, z = checkpoint(block, x, z)
             else:
                 x, z = block(x, z)
         return x, z
 
 
-def _parse_block(block: str) -> Tuple[Tuple[int, ...], int, int]:
-    """Expansions, channels and stride of a block written as 'L3:12/2', 'D6,4:24' or 'B4:24'."""
-    match = re.fullmatch(r'(L\d+|D\d+,\d+|B\d+):(\d+)(/2)?', block)
-    assert match, f"a block is written as 'L3:12/2', 'D6,4:24' or 'B4:24', not {block!r}"
-    kind, chs, stride = match.groups()
-    return tuple(map(int, kind[1:].split(','))), int(chs), 2 if kind[0] == 'D' or stride else 1
+class Row(NamedTuple):
+    """A block, as in a row of the paper's Tables 1 and 11.
+
+    Attributes:
+        kind: 'bneck-lite' for a lite bottleneck, 'M-F' for a Mobile-Former block, 'M-F-down' for a downsample block.
+        expand: Expansion ratio; a downsample block has two.
+        out_chs: Channels of the output.
+        stride: Stride, 1 for 'M-F'.
+    """
+    kind: str
+    expand: Union[int, Tuple[int, int]]
+    out_chs: int
+    stride: int = 1
 
 
 class MobileFormer(nn.Module):
-    """Mobile-Former.
+    """Mobile-Former; the defaults are those of Mobile-Former-294M (Table 1).
 
     Args:
         stem_width: Channels of the stem.
         num_tokens: Number of global tokens, M.
         token_dim: Width of a token, d.
-        stages: For each resolution its blocks, as in 'D6,4:24 B4:24': lite bottleneck, downsample block or plain block,
-            its expansions, its channels. The first block is the lite bottleneck, 'L2:16', of stride 2 as 'L3:12/2'.
+        stages: The blocks at each resolution.
         head_hidden_size: Width of the hidden layer of the classifier.
         groups: Groups of the 1x1 convolutions.
         in_chans: Channels of the images.
-        num_classes: Number of classes, 0 for no classifier.
-        global_pool: Pooling before the hidden layer; '' to run the head at every position.
+        num_classes: Number of classes; 0 for no classifier.
+        global_pool: Pooling before the hidden layer; '' to apply the head at every position.
         output_stride: 8, 16 or 32; below 32, the last stages are dilated instead of strided.
         drop_rate: Dropout rate before the classifier.
-        drop_path_rate: Stochastic depth rate, which grows linearly over the blocks.
+        drop_path_rate: Stochastic depth rate of the last block; it increases linearly over the blocks.
     """
 
     def __init__(
             self,
-            stem_width: int,
-            num_tokens: int,
-            token_dim: int,
-            stages: Tuple[str, ...],
-            head_hidden_size: int,
+            stem_width: int = 16,
+            num_tokens: int = 6,
+            token_dim: int = 192,
+            stages: Sequence[Sequence[Row]] = (
+                (Row('bneck-lite', 2, 16),),
+                (Row('M-F-down', (6, 4), 24, 2), Row('M-F', 4, 24)),
+                (Row('M-F-down', (6, 4), 48, 2), Row('M-F', 4, 48)),
+                (Row('M-F-down', (6, 4), 96, 2), Row('M-F', 4, 96), Row('M-F', 6, 128), Row('M-F', 6, 128)),
+                (Row('M-F-down', (6, 4), 192, 2), Row('M-F', 6, 192), Row('M-F', 6, 192)),
+            ),
+            head_hidden_size: int = 1920,
             groups: int = 1,
             in_chans: int = 3,
             num_classes: int = 1000,
@@ -502,31 +449,37 @@ class MobileFormer(nn.Module):
         self.stem_act = nn.ReLU6()
 
         # Stages of blocks
-        feature_info: List[Dict[str, Any]] = []
-        rows = [[_parse_block(block) for block in stage.split()] for stage in stages]
-        num_blocks = sum(len(row) for row in rows)
+        rows: Any = [[Row(*row) for row in stage] for stage in stages]
+        num_blocks = sum(len(stage) for stage in rows)
         chs, reduction, dilation, index = stem_width, 2, 1, 0
-        modules: List[nn.Module] = []
-        if rows[0][0][2] == 2:  # the stem's map is the last one of its size
+        feature_info: List[Dict[str, Any]] = []
+        if rows[0][0].stride == 2:  # the stem's map is the last one of its size
             feature_info.append(dict(num_chs=chs, reduction=reduction, module='stem_act'))
-        for row in rows:
+        modules: List[nn.Module] = []
+        for stage in rows:
             blocks: List[nn.Module] = []
-            for expand, out_chs, stride in row:
+            for kind, expand, out_chs, stride in stage:
                 next_dilation = dilation
-                if stride == 2:
-                    if reduction == output_stride:
-                        stride, next_dilation = 1, 2 * dilation
-                    reduction *= stride
-                kwargs = dict(stride=stride, groups=groups, drop_path=drop_path_rate * (index + 1) / num_blocks, **dd)
-                blocks.append(
-                    LiteBottleneck(chs, out_chs, expand[0], **kwargs) if index == 0 else
-                    MobileFormerBlock(chs, out_chs, expand, token_dim, dilation=(dilation, next_dilation), **kwargs))
+                if stride == 2 and reduction == output_stride:
+                    stride, next_dilation = 1, 2 * dilation
+                reduction *= stride
+                kwargs: Any = dict(groups=groups, drop_path=drop_path_rate * (index + 1) / num_blocks, **dd)
+                if kind == 'bneck-lite':
+                    blocks.append(LiteBottleneck(chs, out_chs, expand, stride, **kwargs))
+                else:
+                    if kind == 'M-F-down':
+                        mobile: nn.Module = MobileDown(
+                            chs, out_chs, expand, token_dim, stride, (dilation, next_dilation), **kwargs)
+                    else:
+                        assert kind == 'M-F' and stride == 1, f'unknown kind of block or of stride: {kind!r}, {stride}'
+                        mobile = Mobile(chs, out_chs, expand, token_dim, dilation, **kwargs)
+                    blocks.append(MobileFormerBlock(chs, out_chs, token_dim, mobile, kwargs['drop_path'], **dd))
                 chs, dilation, index = out_chs, next_dilation, index + 1
             modules.append(Stage(blocks))
             feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{len(modules) - 1}'))
         self.feature_info = feature_info
         self.stages = nn.ModuleList(modules)
-        self.first_map = len(feature_info) - len(self.stages)  # index of the first stage's map
+        self.first_map = len(feature_info) - len(self.stages)  # index of the first stage in feature_info
 
         # The last bridge and the head
         self.mobile_to_former: Optional[nn.Module] = MobileToFormer(chs, token_dim, drop_path=drop_path_rate, **dd)
@@ -545,14 +498,14 @@ class MobileFormer(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise every parameter and buffer as the authors do, also after `to_empty()` and when folded."""
+        """Initialize parameters and buffers as the authors do, after `to_empty()` and `reparameterize_model` too."""
         if self.tokens is not None:
             nn.init.normal_(self.tokens)
         named_apply(_init_weights, self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        return set()  # the authors decayed the tokens too
+        return set()  # the authors apply weight decay to the tokens too
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -576,11 +529,11 @@ class MobileFormer(nn.Module):
     @staticmethod
     def _create_pool(global_pool: str) -> SelectAdaptivePool2d:
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        assert pool.feat_mult() == 1, f"global_pool='{global_pool}' changes the width; take 'avg', 'max' or 'avgmax'"
+        assert pool.feat_mult() == 1, f"global_pool='{global_pool}' changes the width; use 'avg', 'max' or 'avgmax'"
         return pool
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give the model a new classifier, and another global pooling if one is named."""
+        """Replace the classifier, and the global pooling if `global_pool` is given."""
         p = next(self.parameters())
         dd: Any = {'device': p.device, 'dtype': p.dtype}
         self.num_classes = num_classes
@@ -605,14 +558,14 @@ class MobileFormer(nn.Module):
         Args:
             x: Images (B, in_chans, H, W).
             indices: Take the last n maps if int, all if None, select matching indices if sequence.
-            return_prefix_tokens: Return the global tokens (B, M, d) beside each map.
-            norm: Without effect, the maps have no norm layer of their own.
+            return_prefix_tokens: Return each map with the global tokens (B, M, d), as a tuple.
+            norm: Not used; the maps have no norm layer of their own.
             stop_early: Stop iterating over stages when the last desired map is reached.
-            output_fmt: Format of the maps, 'NCHW'.
+            output_fmt: Format of the maps, must be 'NCHW'.
             intermediates_only: Only return the intermediate maps.
 
         Returns:
-            Final features and maps, the latter as (map, tokens) with `return_prefix_tokens`; or the maps only.
+            The final features and the list of maps; only the list with `intermediates_only`.
         """
         assert output_fmt in ('NCHW',), f'output_fmt must be NCHW, not {output_fmt}'
         first = self.first_map
@@ -632,8 +585,8 @@ class MobileFormer(nn.Module):
                     intermediates.append(x)
                     prefix_tokens.append(z)
 
-        if not torch.jit.is_scripting() and return_prefix_tokens:  # one return type is all a script can have
-            assert self.tokens is not None, 'the tokens were pruned, no block left reads them'
+        if not torch.jit.is_scripting() and return_prefix_tokens:  # TorchScript allows one type only
+            assert self.tokens is not None, 'the tokens were pruned, since no remaining block uses them'
             intermediates = list(zip(intermediates, prefix_tokens, strict=True))  # type: ignore[arg-type]
         if intermediates_only:
             return intermediates
@@ -654,7 +607,7 @@ class MobileFormer(nn.Module):
         prune_end = num_stages < len(self.stages)
         self.stages = self.stages[:num_stages]
         self.feature_info = self.feature_info[:max_index + 1]
-        if prune_head or prune_end:  # the last bridge and 1x1 convolution belong to the head
+        if prune_head or prune_end:  # the last bridge and 1x1 convolution are part of the head
             self.mobile_to_former = self.final_conv = self.head_hidden = None
             self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
             if not any(isinstance(m, MobileFormerBlock) for m in self.modules()):
@@ -666,30 +619,31 @@ class MobileFormer(nn.Module):
         """Images (B, in_chans, H, W) to the first map (B, C, H / 2, W / 2) and tokens (B, M, d)."""
         x = self.stem_act(self.stem(x))
         if self.tokens is None:
-            return x, x  # which stands in for the tokens of a model pruned to the blocks that need none
+            return x, x  # a placeholder for the tokens, which the remaining blocks do not use
         return x, self.tokens.repeat(x.shape[0], 1, 1)
 
     def forward_final(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """The last bridge and 1x1 convolution; the first token joins the map as channels, the same at all positions."""
+        """The last Mobile->Former and 1x1 convolution; the first token is appended to every position as channels."""
         if self.mobile_to_former is None or self.final_conv is None:
             return x
-        # The head reads no other token. Of one image alone, a slice is contiguous, which an exporter takes for granted.
+        # The head uses the first token only. The copy has the same strides for every batch size; the slice itself is
+        # contiguous for a batch of one, and exporters would specialize on that.
         z0 = self.mobile_to_former(x, z[:, :1].clone(memory_format=torch.contiguous_format))
         x = self.final_act(self.final_conv(self.shuffle(x)))
         z0 = z0.transpose(1, 2).unsqueeze(3).expand(-1, -1, x.shape[2], x.shape[3])
         return torch.cat([x, z0], dim=1)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to features (B, 6 C + d, H / 32, W / 32): final map, then the first token."""
+        """Images (B, in_chans, H, W) to features (B, 6 C + d, H / 32, W / 32): the final map, then the first token."""
         x, z = self.forward_stem(x)
         for stage in self.stages:
             x, z = stage(x, z)
         return self.forward_final(x, z)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features to logits (B, num_classes), or to the hidden layer's output (B, head_hidden_size).
+        """Features to logits (B, num_classes), or with `pre_logits` to the hidden layer's output (B, head_hidden_size).
 
-        Without global pooling, the head runs at every position, to (B, num_classes or head_hidden_size, H, W).
+        Without global pooling, the head is applied at every position and returns a map (B, ..., H, W).
         """
         B, _, H, W = x.shape
         x = self.global_pool(x)
@@ -712,7 +666,7 @@ class MobileFormer(nn.Module):
 
 
 class MobileFormerFeatures(FeatureGetterNet):
-    """What `features_only` returns; its result is always a list, so that what contains it can be scripted too."""
+    """Feature extractor for `features_only`, which always returns a list so that it can be scripted."""
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         maps = self.model.forward_intermediates(  # type: ignore[operator]
@@ -776,34 +730,65 @@ def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) 
         )
 
 
-# The rows of the paper's Tables 1 and 11, a resolution a string, a block a word: [L]ite bottleneck, [D]ownsample block,
-# plain [B]lock; its expansion or expansions : its channels, and the stride of a lite bottleneck.
+# The variants of Table 11; that of Table 1, 294M, is the default of MobileFormer.
 _52M = dict(
     stem_width=8, num_tokens=3, token_dim=128, head_hidden_size=1024,
-    stages=('L3:12/2 B3:12', 'D6,4:24 B3:24', 'D6,4:48 B4:48 B6:64', 'D6,4:96 B6:96'))
+    stages=(
+        (Row('bneck-lite', 3, 12, 2), Row('M-F', 3, 12)),
+        (Row('M-F-down', (6, 4), 24, 2), Row('M-F', 3, 24)),
+        (Row('M-F-down', (6, 4), 48, 2), Row('M-F', 4, 48), Row('M-F', 6, 64)),
+        (Row('M-F-down', (6, 4), 96, 2), Row('M-F', 6, 96)),
+    ))
 _96M = dict(
     stem_width=12, num_tokens=4, token_dim=128, head_hidden_size=1280,
-    stages=('L2:12', 'D6,4:16', 'D6,4:32 B3:32', 'D6,4:64 B4:64 B6:88', 'D6,4:128 B6:128'))
+    stages=(
+        (Row('bneck-lite', 2, 12),),
+        (Row('M-F-down', (6, 4), 16, 2),),
+        (Row('M-F-down', (6, 4), 32, 2), Row('M-F', 3, 32)),
+        (Row('M-F-down', (6, 4), 64, 2), Row('M-F', 4, 64), Row('M-F', 6, 88)),
+        (Row('M-F-down', (6, 4), 128, 2), Row('M-F', 6, 128)),
+    ))
 _151M = dict(
     stem_width=12, num_tokens=6, token_dim=192, head_hidden_size=1280,
-    stages=('L2:12', 'D6,4:16 B3:16', 'D6,4:32 B3:32', 'D6,4:64 B4:64 B6:88 B6:88', 'D6,4:128 B6:128 B6:128'))
+    stages=(
+        (Row('bneck-lite', 2, 12),),
+        (Row('M-F-down', (6, 4), 16, 2), Row('M-F', 3, 16)),
+        (Row('M-F-down', (6, 4), 32, 2), Row('M-F', 3, 32)),
+        (Row('M-F-down', (6, 4), 64, 2), Row('M-F', 4, 64), Row('M-F', 6, 88), Row('M-F', 6, 88)),
+        (Row('M-F-down', (6, 4), 128, 2), Row('M-F', 6, 128), Row('M-F', 6, 128)),
+    ))
 _214M = dict(
     stem_width=12, num_tokens=6, token_dim=192, head_hidden_size=1600,
-    stages=('L2:12', 'D6,4:20 B3:20', 'D6,4:40 B4:40', 'D6,4:80 B4:80 B6:112 B6:112', 'D6,4:160 B6:160 B6:160'))
-_294M = dict(
-    stem_width=16, num_tokens=6, token_dim=192, head_hidden_size=1920,
-    stages=('L2:16', 'D6,4:24 B4:24', 'D6,4:48 B4:48', 'D6,4:96 B4:96 B6:128 B6:128', 'D6,4:192 B6:192 B6:192'))
+    stages=(
+        (Row('bneck-lite', 2, 12),),
+        (Row('M-F-down', (6, 4), 20, 2), Row('M-F', 3, 20)),
+        (Row('M-F-down', (6, 4), 40, 2), Row('M-F', 4, 40)),
+        (Row('M-F-down', (6, 4), 80, 2), Row('M-F', 4, 80), Row('M-F', 6, 112), Row('M-F', 6, 112)),
+        (Row('M-F-down', (6, 4), 160, 2), Row('M-F', 6, 160), Row('M-F', 6, 160)),
+    ))
 _508M = dict(
     stem_width=24, num_tokens=6, token_dim=192, head_hidden_size=1920,
-    stages=('L2:24', 'D6,4:40 B3:40', 'D6,4:72 B3:72', 'D6,4:128 B4:128 B6:176 B6:176', 'D6,4:240 B6:240 B6:240'))
+    stages=(
+        (Row('bneck-lite', 2, 24),),
+        (Row('M-F-down', (6, 4), 40, 2), Row('M-F', 3, 40)),
+        (Row('M-F-down', (6, 4), 72, 2), Row('M-F', 3, 72)),
+        (Row('M-F-down', (6, 4), 128, 2), Row('M-F', 4, 128), Row('M-F', 6, 176), Row('M-F', 6, 176)),
+        (Row('M-F-down', (6, 4), 240, 2), Row('M-F', 6, 240), Row('M-F', 6, 240)),
+    ))
 _TEST = dict(
     stem_width=8, num_tokens=2, token_dim=32, head_hidden_size=128,
-    stages=('L2:8', 'D2,2:8 B2:8', 'D2,2:16', 'D2,2:24 B2:32', 'D2,2:32 B2:32'))
+    stages=(
+        (Row('bneck-lite', 2, 8),),
+        (Row('M-F-down', (2, 2), 8, 2), Row('M-F', 2, 8)),
+        (Row('M-F-down', (2, 2), 16, 2),),
+        (Row('M-F-down', (2, 2), 24, 2), Row('M-F', 2, 32)),
+        (Row('M-F-down', (2, 2), 32, 2), Row('M-F', 2, 32)),
+    ))
 
 
 @register_model
 def mobileformer_26m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
-    """Mobile-Former-26M: 52M with 1x1 convolutions in 4 groups."""
+    """Mobile-Former-26M: Mobile-Former-52M with 4 groups in its 1x1 convolutions."""
     return _create_mobileformer('mobileformer_26m', pretrained=pretrained, **{**_52M, 'groups': 4, **kwargs})
 
 
@@ -834,7 +819,7 @@ def mobileformer_214m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
 @register_model
 def mobileformer_294m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
     """Mobile-Former-294M."""
-    return _create_mobileformer('mobileformer_294m', pretrained=pretrained, **dict(_294M, **kwargs))
+    return _create_mobileformer('mobileformer_294m', pretrained=pretrained, **kwargs)
 
 
 @register_model
@@ -845,5 +830,5 @@ def mobileformer_508m(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
 
 @register_model
 def test_mobileformer(pretrained: bool = False, **kwargs: Any) -> MobileFormer:
-    """A tiny Mobile-Former for tests and pipelines; nobody trained or will publish weights for it."""
+    """A tiny Mobile-Former for tests, without pretrained weights."""
     return _create_mobileformer('test_mobileformer', pretrained=pretrained, **dict(_TEST, **kwargs))

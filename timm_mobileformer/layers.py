@@ -1,0 +1,83 @@
+"""Layers of the network that are not the paper's, and what reparameterization and tracing need."""
+import torch
+import torch.nn as nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+__all__ = ['ChannelShuffle', 'ConvNorm', 'LinearNorm', 'check_foldable', 'is_tracing_or_compiling']
+
+
+def is_tracing_or_compiling() -> bool:
+    """Whether the model is being compiled, exported or traced, for which plain operators are best."""
+    if not torch.jit.is_scripting():
+        return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return False
+
+
+def check_foldable(layer: nn.Module) -> None:
+    """Check that a layer holds its own weight, so that another layer can be folded into it.
+
+    Raises:
+        TypeError: The weight is masked, parametrized or quantized, or the layer has an adapter.
+    """
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or not isinstance(layer.weight, nn.Parameter):
+        raise TypeError(
+            f'nothing can be folded into a {type(layer).__name__} whose weight is not its own parameter: before '
+            'reparameterize_model, remove pruning masks and parametrizations and merge adapters; quantize after it')
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias, padded to keep the size of the map at stride 1, followed by a BatchNorm."""
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 1,
+            stride: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """Fold the BatchNorm into the convolution."""
+        check_foldable(self.conv)
+        conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        for parameter in conv.parameters():  # fuse_conv_bn_eval leaves the new bias frozen
+            parameter.requires_grad_(self.conv.weight.requires_grad)
+        return conv
+
+
+class LinearNorm(nn.Sequential):
+    """A linear layer followed by a BatchNorm."""
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, **dd)
+        self.bn = nn.BatchNorm1d(out_features, **dd)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Linear:
+        """Fold the BatchNorm into the linear layer."""
+        check_foldable(self.linear)
+        return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
+
+
+class ChannelShuffle(nn.Module):
+    """Channel shuffle (ShuffleNet), which follows the grouped convolutions of Mobile-Former-26M."""
+
+    def __init__(self, groups: int):
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        return x.view(B, self.groups, C // self.groups, H, W).transpose(1, 2).reshape(B, C, H, W)
