@@ -24,8 +24,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import RandomSampler
 
 from timm_mobileformer.cli import main
+from timm_mobileformer.cli.batches import EvenBatches, make_loaders, set_batches
 from timm_mobileformer.cli.data import open_data
-from timm_mobileformer.cli.training import EvenBatches, make_loaders, set_batches
 
 TINY = ('--model', 'test_mobileformer', '--img-size', '64', '--epochs', '2', '--batch-size', '16',
         '--epoch-repeats', '1', '--device', 'cpu', '--workers', '0')
@@ -182,6 +182,7 @@ steps = itertools.count(1)
 register_optimizer_step_post_hook(lambda *_: next(steps) == 5 and os.killpg(0, signal.SIGINT))
 if __name__ == '__main__':
     from timm_mobileformer.cli import main
+from timm_mobileformer.cli.batches import EvenBatches, make_loaders, set_batches
     sys.exit(main())
 '''
 

@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, random_seed
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
+from .batches import make_loaders, set_batches
 from .console import InputError, progress, quote
 from .data import Data, open_data
 from .digits import folder_or_digits
@@ -46,63 +46,7 @@ from .report import History, best_epoch, score, write_report
 from .report_figures import draw_curve
 from .run_state import PATHS, check_is_free, claim, fingerprint, read_state, save_epoch
 
-MIN_BATCHES = 20  # in an epoch
 BATCH_NORM_IMAGES = 256  # that the statistics are estimated on
-
-
-def set_batches(args: argparse.Namespace, num_images: int) -> str:
-    """Choose the batch size and the passes over the images in an epoch where they are not named; returns them in words.
-
-    A few dozen images in one pass would be a single step. Passes are added until an epoch has `MIN_BATCHES`.
-    """
-    args.batch_size = args.batch_size or (64 if num_images >= 64 * MIN_BATCHES else 32)
-    args.epoch_repeats = args.epoch_repeats or math.ceil(MIN_BATCHES * args.batch_size / num_images)
-    num_batches = len(EvenBatches(range(args.epoch_repeats * num_images), args.batch_size))
-    passes = f'{args.epoch_repeats} passes over the images' if args.epoch_repeats > 1 else 'one pass over the images'
-    return f'an epoch is {passes} in {num_batches:,} batches of up to {args.batch_size}'
-
-
-class EvenBatches(Sampler):
-    """Batches of nearly the same size, of all indices that a sampler gives.
-
-    Args:
-        sampler: Gives indices of images.
-        batch_size: Images in a batch at most, as long as none has a single one, on which BatchNorm cannot be trained.
-    """
-
-    def __init__(self, sampler: Any, batch_size: int) -> None:
-        self.sampler = sampler
-        self.num_batches = max(1, min(math.ceil(len(sampler) / batch_size), len(sampler) // 2))
-
-    def __iter__(self) -> Iterator[List[int]]:
-        for indices in np.array_split(list(self.sampler), self.num_batches):
-            yield indices.tolist()
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-
-def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Tuple[Any, Any]:
-    """Batches to train on and to evaluate; workers live for an epoch, whose seed theirs follow."""
-    settings = dict(resolve_model_data_config(model, vars(args)), device=device, num_workers=args.workers,
-                    persistent_workers=False)
-    try:
-        train = create_loader(
-            data.train,  # type: ignore[arg-type]  # it asks for no more than a dataset with a transform
-            batch_size=args.batch_size, is_training=True, scale=args.scale, hflip=args.hflip, auto_augment=args.aa,
-            **settings)
-    except AssertionError as e:  # timm knows no such policy
-        raise InputError(f'--aa {args.aa}: {e}') from e
-    num_samples = args.epoch_repeats * len(data.train)
-    sampler: Any = RandomSampler(data.train, num_samples=num_samples)
-    if args.balanced:
-        targets = torch.tensor([target for _, target in data.train.samples])
-        sampler = WeightedRandomSampler((1 / targets.bincount())[targets].tolist(), num_samples)
-    train.loader = DataLoader(  # as timm's, which drops the last batch
-        data.train, batch_sampler=EvenBatches(sampler, args.batch_size), num_workers=args.workers,
-        collate_fn=train.loader.collate_fn, worker_init_fn=train.loader.worker_init_fn)
-    return train, create_loader(
-        data.held_out, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
