@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_model import THREE_BLOCKS
-from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    create_dataset,
+    create_loader,
+    create_transform,
+    resolve_model_data_config,
+)
 from timm.utils import accuracy, reparameterize_model
 
 from timm_mobileformer import MobileFormer
@@ -297,6 +305,36 @@ def test_a_format_that_fails_leaves_the_others(copied, finetuned, monkeypatch, c
     assert list(table(out))[2:] == ['ONNX Runtime'] and 'left out: onnx-int8: there is no such operator' in out
     assert 'a hint of the exporter' in err
     assert {path.name for path in tmp_path.iterdir()} == {'mobileformer_52m.onnx', 'mobileformer_52m.onnx.json'}
+
+
+@needs('onnx')
+@pytest.mark.parametrize('labelled', [True, False])
+def test_int8_is_calibrated_on_training_images_from_all_over(tmp_path, monkeypatch, labelled):
+    counts = {('train', 'a'): 400, ('train', 'b'): 200, ('val', 'a'): 8, ('val', 'b'): 8}
+    for kind, (folders, count) in enumerate(counts.items()):
+        tmp_path.joinpath('data', *folders).mkdir(parents=True)
+        for i in range(count):  # whose colours say which it is
+            color = 10 * (i // 20), 12 * (i % 20), 60 * kind
+            Image.new('RGB', (32, 32), color).save(tmp_path.joinpath('data', *folders, f'{i:03}.png'))
+    torch.save(timm.create_model('test_mobileformer', num_classes=2).state_dict(), tmp_path / 'model.pth')
+    seen = []
+
+    def calibrate(model, images, *_):
+        colors = 255 * (images[:, :, 16, 16] * torch.tensor(IMAGENET_DEFAULT_STD) + torch.tensor(IMAGENET_DEFAULT_MEAN))
+        seen.extend(colors.round().int().tolist())
+        raise RuntimeError('enough seen')
+
+    monkeypatch.setitem(formats.FORMATS, 'onnx-int8', formats.FORMATS['onnx-int8']._replace(export=calibrate))
+    run_here('onnx-int8', '--model', 'test_mobileformer', '--checkpoint', tmp_path / 'model.pth', '--img-size', 32,
+             '--output', tmp_path / 'out', *(['--data-dir', tmp_path / 'data'] if labelled else
+                                             ['--images', tmp_path / 'data' / 'train']))
+    found = [(blue // 60, 20 * (red // 10) + green // 12) for red, green, blue in seen]
+    assert 100 <= len(found) == len(set(found)) <= 300
+    assert {kind for kind, _ in found} == {0, 1}  # none of the validation set, where there is one
+    for kind, count in enumerate([400, 200]):
+        quarters = Counter(4 * i // count for k, i in found if k == kind)
+        share = len(found) * count / 600 / 4
+        assert all(0.6 * share < quarters[q] < 1.5 * share for q in range(4)), quarters
 
 
 def test_int8_may_lose_the_maximum_drop_and_a_standard_error():

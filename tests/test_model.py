@@ -745,6 +745,8 @@ def test_a_rewritten_layer_is_not_folded_into(name, rewrite):
 # Memory formats, dtypes, devices, copies
 
 def test_channels_last_in_gives_channels_last_inside(model):
+    x = images(160, 160)
+    expected = model(x)
     model = model.to(memory_format=torch.channels_last)
     other = []
 
@@ -753,8 +755,6 @@ def test_channels_last_in_gives_channels_last_inside(model):
             if t.ndim == 4 and min(t.shape[1:]) > 1 and not t.is_contiguous(memory_format=torch.channels_last):
                 other.append(type(module).__name__)
 
-    x = images(160, 160)
-    expected = model(x)
     for m in model.modules():
         m.register_forward_hook(look)
     out = model(x.contiguous(memory_format=torch.channels_last))
