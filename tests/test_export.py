@@ -310,7 +310,7 @@ def test_a_format_that_fails_leaves_the_others(copied, finetuned, monkeypatch, c
 @needs('onnx')
 @pytest.mark.parametrize('labelled', [True, False])
 def test_int8_is_calibrated_on_training_images_from_all_over(tmp_path, monkeypatch, labelled):
-    counts = {('train', 'a'): 400, ('train', 'b'): 200, ('val', 'a'): 8, ('val', 'b'): 8}
+    counts = {('train', 'class 0'): 400, ('train', 'class 1'): 200, ('val', 'class 0'): 8, ('val', 'class 1'): 8}
     for kind, (folders, count) in enumerate(counts.items()):
         tmp_path.joinpath('data', *folders).mkdir(parents=True)
         for i in range(count):  # whose colours say which it is
