@@ -9,9 +9,10 @@ import torch.nn as nn
 from PIL import Image
 
 from timm_mobileformer.authors import PAPER_TOP1
-from timm_mobileformer.cli import benchmarking, main
-from timm_mobileformer.cli.benchmarking import PEERS, Row, measure, published
+from timm_mobileformer.cli import benchmark_figure, benchmarking, main
+from timm_mobileformer.cli.benchmarking import Row, measure
 from timm_mobileformer.cli.cost import count_macs, saved_for_backward
+from timm_mobileformer.cli.published import PEERS, published
 
 
 def run_here(*args):
@@ -62,10 +63,10 @@ def test_all_rows_take_turns_in_an_order_of_its_own_each_round():
 
 def test_top1_of_every_default_model_is_quoted_with_its_source():
     for name in PAPER_TOP1:
-        assert published(name) == (PAPER_TOP1[name], 'the paper')
+        assert published(name) == (PAPER_TOP1[name], 224, 'the paper')
     for name, (tag, size, top1) in PEERS.items():
         assert f'{name}.{tag}' in timm.list_pretrained(f'{name}.*')
-        assert published(name) == (top1, f'timm, `{tag}` at {size}')
+        assert published(name) == (top1, size, f'timm, `{tag}`')
     assert published('test_mobileformer') is None
 
 
@@ -78,12 +79,14 @@ def test_table_and_plot(tmp_path, capsys):
     table = (tmp_path / 'new' / 'folder' / 'table.md').read_text(encoding='utf-8')
     printed = capsys.readouterr().out
     assert table in printed and 'not in the plot: test_mobileformer\n' in printed and 'in place of' not in printed
+    assert 'latencies at 64 × 64 pixels over accuracies at 224 × 224, as published' in printed
     assert torch.__version__ in table and timm.__version__ in table and 'batch of 2' in table
     header, _, *lines = [line.strip('| ').split(' | ') for line in table.splitlines() if line.startswith('|')]
     assert [line[0] for line in lines] == [
         'test_mobileformer', 'test_mobileformer, fused', 'mobileformer_26m', 'mobileformer_26m, fused',
         'mobilenetv3_small_100']
     rows = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [row['top-1 by'] for row in rows[3:]] == ['the paper at 224', 'timm, `lamb_in1k` at 224']
     assert [row['top-1, %'] for row in rows] == ['–', '–', '64.0', '64.0', '67.6']
     assert [row['parameters, M'] for row in rows[2::2]] == ['3.23', '2.54']
     assert all(row['image'] == '64×64' for row in rows)
@@ -107,15 +110,16 @@ def test_an_earlier_result_is_replaced_as_a_whole_and_with_a_remark(tmp_path, ca
     ['mobileformer_52m'], ['mobileformer_52m', 'mobilenetv3_small_100'], [*PAPER_TOP1, *PEERS]], ids=len)
 def test_plots_of_any_number_of_models_have_ticks_and_every_name_apart_from_the_others(names, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(benchmarking, 'save_figure', lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(benchmark_figure, 'save_figure', lambda figure, path: figures.append(figure))
     rows = []
     for i, name in enumerate(names):
         row = Row(name, False, nn.Identity(), torch.empty(1, 3, 8, 8), 0, 0, None)
         row.runs, row.seconds = {'eager': print}, {'eager': [0.002 + 0.001 * (7 * i % len(names))] * 3}
         rows.append(row)
-    benchmarking.draw(rows, 'a heading', tmp_path / 'plot.png')
+    benchmark_figure.draw(rows, 'a heading', tmp_path / 'plot.png')
     figure, = figures
     figure.draw_without_rendering()
+    assert 'latencies at 8 × 8 pixels over accuracies at 224 × 224' in figure.get_suptitle()
     axes, = figure.axes
     low, high = axes.get_xlim()
     assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2

@@ -208,8 +208,10 @@ def test_of_splits_the_test_set_is_measured_or_else_the_validation_set(run, work
 def test_images_that_cannot_be_read_are_named_and_not_counted(run, work, tmp_path):
     shutil.copytree(work / 'images', tmp_path / 'images')
     (tmp_path / 'images' / 'ant' / '1.png').write_bytes(b'no image')
+    shutil.copytree(work / 'images' / 'bee', tmp_path / 'images' / '\x1b[2Jx')
     status, out, printed, _ = run(data=tmp_path / 'images')
     assert status == 1 and '1 of 22 images could not be read' in printed and ' of 21)' in printed
+    assert r'left out: \x1b[2Jx, yak' in printed and '\x1b' not in printed  # no command to the terminal
     problem = next(row for row in read_csv(out / 'predictions.csv') if row['problem'])
     assert problem['path'] == 'ant/1.png' and not problem['prediction']
 

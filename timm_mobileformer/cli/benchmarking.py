@@ -1,4 +1,4 @@
-"""What models cost beside each other: a table and a plot."""
+"""Measure the cost of models beside each other: a table and a figure."""
 import argparse
 import os
 import platform
@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from pathlib import Path
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch
@@ -26,31 +25,14 @@ import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.authors import PAPER_TOP1
 
 from .benchmark import RUNTIMES
+from .benchmark_figure import draw, other_sizes
 from .console import InputError, progress, reason
 from .cost import count_macs, saved_for_backward
-from .files import atomic_dir, save_figure
+from .files import atomic_dir
 from .load import find_model, known_config, model_args, pick_device
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .published import PEERS, published
 
 __all__ = ['run']
-
-# Weights of the timm models, the image size they were scored at, and ImageNet-1k top-1 in percent from
-# results/results-imagenet.csv in timm's repository: the default weights, or where those were made for larger images,
-# the best at 224 x 224 (mobilenetv4_conv_medium); fastvit_t8 has none at 224 x 224.
-PEERS: Dict[str, Tuple[str, int, float]] = {
-    'mobilenetv3_small_100': ('lamb_in1k', 224, 67.636),
-    'mobilenetv3_large_100': ('ra_in1k', 224, 75.784),
-    'mobilenetv4_conv_small': ('e2400_r224_in1k', 224, 73.756),
-    'mobilenetv4_conv_medium': ('e500_r224_in1k', 224, 79.092),
-    'efficientnet_b0': ('ra_in1k', 224, 77.698),
-    'efficientvit_b0': ('r224_in1k', 224, 71.408),
-    'ghostnetv2_100': ('in1k', 224, 75.186),
-    'repvit_m0_9': ('dist_300e_in1k', 224, 78.652),
-    'efficientformerv2_s0': ('snap_dist_in1k', 224, 76.102),
-    'fastvit_t8': ('apple_in1k', 256, 76.184),
-}
 
 
 @dataclass
@@ -69,16 +51,6 @@ class Row:
     def latency(self, runtime: str) -> List[float]:
         """Quartiles in milliseconds."""
         return [1e3 * s for s in quantiles(self.seconds[runtime], n=4, method='inclusive')]
-
-
-def published(name: str) -> Optional[Tuple[float, str]]:
-    """Top-1 on ImageNet-1k in percent, and who says so."""
-    if name in PAPER_TOP1:
-        return PAPER_TOP1[name], 'the paper'
-    if name in PEERS:
-        tag, size, top1 = PEERS[name]
-        return top1, f'timm, `{tag}` at {size}'
-    return None
 
 
 def load(name: str, size: int, device: torch.device) -> nn.Module:
@@ -195,8 +167,8 @@ def make_table(rows: List[Row], heading: str) -> str:
             '×'.join(str(n) for n in row.x.shape[2:]),
             f'{row.params / 1e6:.2f}',
             f'{row.macs / 1e6:.0f}',
-            f'{top1[0]:.1f}' if top1 else '–',
-            top1[1] if top1 else '–',
+            f'{top1.top1:.1f}' if top1 else '–',
+            f'{top1.source} at {top1.size}' if top1 else '–',
             *(f'{median:.1f} ({low:.1f}–{high:.1f})' for low, median, high in times),
             '–' if row.saved is None else f'{row.saved / 1e6:.1f}',
         ])
@@ -208,82 +180,10 @@ def make_table(rows: List[Row], heading: str) -> str:
 - fused: after `timm.utils.reparameterize_model`; models without such a row are not changed by it.
 - MACs: multiply-adds of convolutions and matrix products, half of what PyTorch's `FlopCounterMode` counts.
 - top-1: on ImageNet-1k, quoted and not measured here; from the paper (arXiv 2108.05895), or from timm's
-  `results/results-imagenet.csv` with the weights and the image size named.
+  `results/results-imagenet.csv` with the weights named; of images of the size named, whatever the size of the latency.
 - ms: median (quartiles) for the whole batch.
 - training: bytes kept for the backward pass for each image, parameters not included.
 """
-
-
-def draw(rows: List[Row], heading: str, path: Path) -> None:
-    """Draw published accuracy over measured latency, a panel for each runtime; fused where fusing changes a model.
-
-    Args:
-        rows: Of models with a published accuracy.
-        heading: Where and by what was measured.
-        path: File to write.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    runtimes = list(rows[0].runs)
-    figure = Figure(figsize=(max(4.8 * len(runtimes), 6.4), 5.4), dpi=150, layout='constrained')
-    figure.suptitle(heading, fontsize=8, color='0.35')
-    panels = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
-    accuracy = {row.name: quoted[0] for row in rows if (quoted := published(row.name))}
-    fastest = {row.name: row for row in rows}  # a fused row comes later
-    for axes, runtime in zip(panels, runtimes, strict=True):
-        latency = {name: row.latency(runtime) for name, row in fastest.items()}
-        frontier: List[str] = []
-        for name in sorted(latency, key=lambda n: (latency[n][1], -accuracy[n])):
-            if not frontier or accuracy[name] > accuracy[frontier[-1]]:
-                frontier.append(name)
-        end = 1.6 * max(high for _, _, high in latency.values())
-        axes.step([*(latency[n][1] for n in frontier), end], [accuracy[n] for n in [*frontier, frontier[-1]]],
-                  where='post', color='0.88', linewidth=7, zorder=1, label='nothing faster is as accurate')
-        for names, style in (
-                ([n for n in latency if n in PAPER_TOP1], dict(fmt='o-', color='C3', label='Mobile-Former')),
-                ([n for n in latency if n not in PAPER_TOP1], dict(fmt='s', color='C0', label='other timm models')),
-        ):
-            if names:
-                names.sort(key=lambda n: accuracy[n])
-                low, median, high = zip(*(latency[n] for n in names), strict=True)
-                spread = [[m - a for m, a in zip(median, low, strict=True)],
-                          [b - m for m, b in zip(median, high, strict=True)]]
-                axes.errorbar(median, [accuracy[n] for n in names], xerr=spread, markersize=5, linewidth=1.5,
-                              elinewidth=1, zorder=3, **style)
-        axes.set_xscale('log')
-        axes.set_xlim(min(low for low, _, _ in latency.values()) / 1.6, end)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(RUNTIMES[runtime], fontsize=11)
-        axes.set_xlabel(f'latency, ms (median and quartiles), batch of {len(rows[0].x)}')
-        axes.grid(color='0.93', linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
-        axes.tick_params(axis='x', labelsize=8)
-    lowest, highest = min(accuracy.values()), max(accuracy.values())
-    room = max(1, 0.1 * (highest - lowest))
-    panels[0].set_ylim(lowest - room, highest + room)  # which all panels share
-    panels[0].set_ylabel('ImageNet-1k top-1, % (as published)')
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
-                  frameon=False)
-    figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
-    for axes, runtime in zip(panels, runtimes, strict=True):
-        label(axes, {name: (row.latency(runtime)[1], accuracy[name]) for name, row in fastest.items()})
-    save_figure(figure, path)
-
-
-def label(axes: 'Axes', points: Dict[str, Tuple[float, float]]) -> None:
-    """Write each model's name beside its latency and accuracy."""
-    from textalloc import allocate
-
-    ours = sorted((y, x) for name, (x, y) in points.items() if name in PAPER_TOP1)
-    line = dict(x_lines=[[x for _, x in ours]], y_lines=[[y for y, _ in ours]]) if len(ours) > 1 else {}
-    x, y = (list(values) for values in zip(*points.values(), strict=True))
-    place: Any = allocate
-    place(axes, x, y, [name.removeprefix('mobileformer_').upper() if name in PAPER_TOP1 else name for name in points],
-          x_scatter=x, y_scatter=y, **line, textsize=8, min_distance=0.012, max_distance=0.25, linecolor='0.6',
-          linewidth=0.6, textcolor=['C3' if name in PAPER_TOP1 else '0.2' for name in points])
 
 
 def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -322,6 +222,8 @@ def run(args: argparse.Namespace) -> None:
         print(table)
         if drawn := [row for row in rows if published(row.name)]:
             draw(drawn, heading, folder / 'plot.png')
+        if remark := other_sizes(drawn):
+            print(remark)
         (folder / 'table.md').write_text(table, encoding='utf-8')
         written = ', '.join(sorted(path.name for path in folder.iterdir()))
         earlier = [path for name in ('plot.png', 'table.md') if (path := args.output / name).exists()]

@@ -14,7 +14,7 @@ from .images import decode, try_to_read
 from .load import class_names, load_model, pick_device, read_names
 from .metadata import ExportMetadata, describe, make_transform, read_metadata
 
-__all__ = ['Classifier', 'open_classifier']
+__all__ = ['Classifier', 'as_classifier', 'open_classifier']
 
 
 class Attempts(Dataset):
@@ -94,6 +94,14 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
     return Classifier(make_transform(about), run, names, make_reader(about))
 
 
+def as_classifier(model: Any, label_names: List[str], device: torch.device, args: argparse.Namespace) -> Classifier:
+    """A model of timm on a device, with its preprocessing, which options such as `--img-size` may change."""
+    model.eval().to(device)
+    about = describe(model, resolve_model_data_config(model, vars(args)), label_names)
+    return Classifier(make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(),
+                      label_names, make_reader(about))
+
+
 def open_classifier(args: argparse.Namespace) -> Classifier:
     """The model that `--model` and the options beside it name, see `load.load_model`, or an exported ONNX file.
 
@@ -102,9 +110,5 @@ def open_classifier(args: argparse.Namespace) -> Classifier:
     """
     if args.model.endswith('.onnx'):
         return open_onnx_file(args)
-    device = pick_device(args)
-    model = load_model(args).eval().to(device)
-    names = class_names(model, args.class_map)
-    about = describe(model, resolve_model_data_config(model, vars(args)), names)
-    return Classifier(make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(),
-                      names, make_reader(about))
+    model = load_model(args)
+    return as_classifier(model, class_names(model, args.class_map), pick_device(args), args)

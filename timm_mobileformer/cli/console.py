@@ -1,5 +1,6 @@
 """Console output: progress bars, errors, formatting."""
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -10,12 +11,17 @@ from typing import Any, Iterable
 
 from tqdm import tqdm
 
-__all__ = ['InputError', 'close_bars', 'missing', 'progress', 'quiet_unless_it_fails', 'quote', 'reason',
-           'abbreviate']
+__all__ = ['InputError', 'abbreviate', 'close_bars', 'missing', 'printable', 'progress', 'quiet_unless_it_fails',
+           'quote', 'reason']
 
 
 class InputError(Exception):
     """An input cannot be used; the message says what is wrong and what would be right."""
+
+
+def printable(text: str) -> str:
+    """Write control characters, such as those that begin escape sequences of terminals, as Python does: `\\x1b`."""
+    return re.sub(r'[\x00-\x1f\x7f-\x9f]', lambda match: repr(match[0])[1:-1], text)
 
 
 def reason(error: BaseException, limit: int = 600) -> str:
@@ -26,14 +32,14 @@ def reason(error: BaseException, limit: int = 600) -> str:
     if isinstance(error, KeyError):
         text = f'there is no {text}'
     if isinstance(error, InputError):
-        return text.replace('\n', ' ')  # keeps the spaces of commands that can be pasted
-    text = ' '.join(text.split()) or type(error).__name__
+        return printable(text.replace('\n', ' '))  # keeps the spaces of commands that can be pasted
+    text = printable(' '.join(text.split()) or type(error).__name__)
     return text if len(text) <= limit else f'{text[:limit]} …'
 
 
 def abbreviate(names: Iterable[Any], limit: int = 5) -> str:
-    """Join the first `limit` names, and say how many more there are."""
-    names = sorted(str(n) for n in names) if isinstance(names, Set) else [str(n) for n in names]
+    """Join the first `limit` names, in printable characters, and say how many more there are."""
+    names = [printable(str(n)) for n in (sorted(names, key=str) if isinstance(names, Set) else names)]
     return ', '.join(names[:limit]) + (f' and {len(names) - limit:,} more' if len(names) > limit else '')
 
 

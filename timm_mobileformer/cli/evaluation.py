@@ -3,11 +3,11 @@ import argparse
 import importlib.util
 from functools import partial
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 
-from .classifier import open_classifier
+from .classifier import Classifier, open_classifier
 from .console import InputError, abbreviate
 from .data import find_labels
 from .digits import folder_or_digits
@@ -18,7 +18,7 @@ from .labelled import TrainingData, match_classes, training_data
 from .report import Scores, join, score, write_report
 from .tables import read_labels
 
-__all__ = ['run']
+__all__ = ['run', 'score_images']
 
 
 def find_images(args: argparse.Namespace, root: Path) -> Tuple[Labelled, str]:
@@ -50,6 +50,34 @@ def find_unseen_images(args: argparse.Namespace, root: Path, trained: Optional[T
     return find_images(args, root)
 
 
+def score_images(
+        classifier: Classifier,
+        samples: Sequence[Tuple[str, int]],
+        args: argparse.Namespace,
+) -> Tuple[Scores, List[str], List[Tuple[str, int, str]]]:
+    """Score a model on images.
+
+    Args:
+        classifier: The model.
+        samples: Path and class index of each image.
+        args: Options `batch_size` and `workers`.
+
+    Returns:
+        The scores; the paths of the images that were read; path, class index and reason of the others.
+    """
+    scores = [score(torch.empty(0, len(classifier.label_names)), torch.empty(0, dtype=torch.long))]
+    paths: List[str] = []
+    unread: List[Tuple[str, int, str]] = []
+    for (path, target), logits in zip(
+            samples, classifier.classify([path for path, _ in samples], args), strict=True):
+        if isinstance(logits, str):
+            unread.append((path, target, logits))
+        else:
+            paths.append(path)
+            scores.append(score(logits[None], torch.tensor([target])))
+    return join(scores), paths, unread
+
+
 def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingData]) -> int:
     labelled, what = find_unseen_images(args, root, trained)
     classifier = open_classifier(args)
@@ -61,20 +89,11 @@ def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingDat
         print("no figures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
     with atomic_dir(args.output):  # refused before the work if it cannot be written to
         pass
-    scores: List[Scores] = []
-    paths: List[str] = []
-    unread = []
-    for (path, target), logits in zip(
-            samples, classifier.classify([path for path, _ in samples], args), strict=True):
-        if isinstance(logits, str):
-            unread.append((path, target, logits))
-            continue
-        paths.append(path)
-        scores.append(score(logits[None], torch.tensor([target])))
-    if not scores:
+    scores, paths, unread = score_images(classifier, samples, args)
+    if not paths:
         raise InputError(f'none of {len(samples):,} images can be read: '
                          + abbreviate(f'{path} ({why})' for path, _, why in unread))
-    print(write_report(args.output, join(scores), paths, classifier.label_names, root, what,
+    print(write_report(args.output, scores, paths, classifier.label_names, root, what,
                        partial(try_to_read, read=classifier.read), unread=unread))
     if unread:
         print(f'{len(unread):,} of {len(samples):,} images could not be read and are not counted; predictions.csv says '

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, TextIO
 
 from .classifier import open_classifier
-from .console import InputError, abbreviate
+from .console import InputError, abbreviate, printable
 from .data import ImageScan
 from .files import atomic_dir
 
@@ -45,15 +45,16 @@ def run(args: argparse.Namespace) -> int:
     unread = 0
     with open_table(args.output) as file:
         table = csv.writer(file, lineterminator='\n')
+        clean = printable if file is sys.stdout and file.isatty() else str
         numbers = ['', *range(2, args.topk + 1)]
         table.writerow(['path', *(f'{column}{n}' for n in numbers for column in ('label', 'probability')), 'problem'])
         for path, logits in zip(paths, classifier.classify(paths, args), strict=True):
             if isinstance(logits, str):
-                table.writerow([path, *[''] * (2 * args.topk), logits])
+                table.writerow([clean(path), *[''] * (2 * args.topk), clean(logits)])
                 unread += 1
                 continue
             top = zip(*(values.tolist() for values in logits.softmax(-1).topk(args.topk)), strict=True)
-            table.writerow([path, *(cell for p, i in top for cell in (names[i], f'{p:.4f}')), ''])
+            table.writerow([clean(path), *(cell for p, i in top for cell in (clean(names[i]), f'{p:.4f}')), ''])
     if unread:
         print(f'{unread:,} of {len(paths):,} pictures could not be read, their rows say why', file=sys.stderr)
     return 1 if unread else 0

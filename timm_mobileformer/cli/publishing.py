@@ -12,19 +12,20 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.data import ImageNetInfo, create_loader, resolve_model_data_config
+from timm.data import ImageNetInfo
 from timm.models._hub import generate_readme
-from timm.utils import AverageMeter, accuracy
 
 from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG, PAPER_TOP1
 from timm_mobileformer.pretrained import why
 
 from .authors_weights import CACHE, Candidate, check, fetch, find_variants, read_record, save, verify
-from .console import InputError, progress, reason
+from .classifier import as_classifier
+from .console import InputError, abbreviate, reason
 from .data import ImageScan
+from .evaluation import score_images
 from .files import atomic_dir, sha256
-from .images import Pictures, check_images
 from .load import pick_device
+from .report import measure
 
 __all__ = ['run']
 
@@ -75,28 +76,23 @@ def name_repository(cfg: Dict[str, Any], args: argparse.Namespace) -> str:
     return repo_id
 
 
-@torch.inference_mode()
 def validate(candidate: Candidate, args: argparse.Namespace) -> Accuracy:
     """Measure a model on a folder of ImageNet's validation images."""
     model, variant = candidate.model, candidate.model.pretrained_cfg['architecture']
-    index = {name: i for i, name in enumerate(ImageNetInfo('imagenet-1k').label_names())}
+    names = ImageNetInfo('imagenet-1k').label_names()
+    index = {name: i for i, name in enumerate(names)}
     if model.num_classes != len(index) or variant not in PAPER_TOP1:
         raise InputError(f'{variant} of {model.num_classes} classes is not in the paper: leave out --validate')
     samples = [(path, index[name]) for path, name in ImageScan().classes(args.validate) if name in index]
     if not samples:
         raise InputError(f'{args.validate}: no images in class folders named as ImageNet names them (n01440764, …)')
-    check_images([path for path, _ in samples], args.workers)
-    device = pick_device(args)
-    loader: Any = create_loader(
-        Pictures(samples), batch_size=args.batch_size, num_workers=args.workers,  # type: ignore[arg-type]
-        device=device, **resolve_model_data_config(model))
-    model.to(device)
-    top1, top5 = AverageMeter(), AverageMeter()
-    for images, target in progress(loader, f'Validating {variant}', unit='batch'):
-        for meter, hits in zip((top1, top5), accuracy(model(images), target, topk=(1, 5)), strict=True):
-            meter.update(hits.item(), len(images))
+    scores, _, unread = score_images(as_classifier(model, names, pick_device(args), args), samples, args)
     model.cpu()
-    found = Accuracy(top1.avg, top5.avg, top1.count, PAPER_TOP1[variant])
+    if unread:
+        raise InputError(f'{len(unread):,} of {len(samples):,} images cannot be used: '
+                         + abbreviate(f'{path} ({why})' for path, _, why in unread))
+    metrics = measure(scores)
+    found = Accuracy(metrics['top1'], metrics['top5'], len(samples), PAPER_TOP1[variant])
     print(f'{variant}: top-1 {found.top1:.2f} on {found.images:,} images, {found.paper} in the paper; '
           f'top-5 {found.top5:.2f}')
     return found
