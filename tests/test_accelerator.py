@@ -4,6 +4,9 @@
 """
 import copy
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +173,12 @@ def test_the_commands_run_there_and_on_what_was_trained_there(digits, tmp_path, 
     assert not main(['benchmark', '--model', TINY, '--runtimes', 'eager', '--rounds', '2', '--device', str(DEVICE)])
     model: Any = timm.create_model('local-dir:output/finetune', pretrained=True)
     assert model.num_classes == 10
+
+
+def test_the_script_for_cuda_machines_measures_here_too():
+    script = Path(__file__).with_name('measure_cuda.py')
+    done = subprocess.run([sys.executable, script, '--no-tests', '--modes', 'eager', '--rounds', '2'], text=True,
+                          capture_output=True, env={**os.environ, 'TORCH_DEVICE': str(DEVICE)})
+    assert done.returncode == 0 and '–' not in done.stdout, done.stderr
+    rows = [line.split('|')[2:-1] for line in done.stdout.splitlines() if line.startswith(('| latency', '| training'))]
+    assert len(rows) == 12 and all(float(value.replace(',', '')) > 0 for row in rows for value in row)

@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_images import KINDS, PROFILES
 from test_model import THREE_BLOCKS
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
@@ -29,6 +30,7 @@ from timm.utils import accuracy, reparameterize_model
 from timm_mobileformer import MobileFormer
 from timm_mobileformer.cli import export, exporting, formats, main
 from timm_mobileformer.cli.console import InputError
+from timm_mobileformer.cli.images import read_image
 
 
 def needs(name):
@@ -227,8 +229,12 @@ def test_what_stands_beside_a_file_and_inside_it_are_words_of_timm(small):
     assert answer.name == about['output_name'] in ('logits', 'probabilities')
 
 
+FOLLOWED = ('palette, one colour transparent', 'RGBA', 'gray with alpha', 'GIF, transparent', 'CMYK, TIFF', '16 bits',
+            '12 of 16 bits', '8 of 16 bits', 'turned, PNG 6')  # by the lines in the docs
+
+
 @needs('onnx')
-def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, monkeypatch, capsys):
+def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, tmp_path, monkeypatch, capsys):
     named, file = small
     if json.loads(Path(f'{file}.json').read_text())['input_layout'] == 'NHWC':
         pytest.skip('the lines are for a file that takes normalized images')
@@ -236,16 +242,18 @@ def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, monkeypat
     code = next(block for block in re.findall(r'```python\n(.*?)```', docs.read_text(), re.DOTALL)
                 if 'custom_metadata_map' in block)
     assert set(re.findall(r'^(?:import|from) (\w+)', code, re.MULTILINE)) <= {
-        'json', 'math', 'sys', 'numpy', 'onnxruntime', 'PIL'}
+        'io', 'json', 'math', 'sys', 'numpy', 'onnxruntime', 'PIL'}
     model = timm.create_model(
         'test_mobileformer', pretrained=True, pretrained_cfg_overlay=dict(file=named[-1], num_classes=7),
         num_classes=7).eval()
     transform = create_transform(**resolve_model_data_config(model, {'img_size': 96}))
-    for path in sorted(photos.iterdir()):
+    for i, (data, _) in enumerate([*PROFILES.values(), *(KINDS[kind] for kind in FOLLOWED)]):
+        (tmp_path / f'{i}.image').write_bytes(data)
+    for path in sorted([*photos.iterdir(), *tmp_path.iterdir()]):
         monkeypatch.setattr(sys, 'argv', ['classify.py', str(file), str(path)])
         exec(code, found := {})
         with torch.inference_mode():
-            wanted = model(transform(Image.open(path))[None])
+            wanted = model(transform(read_image(path))[None])
         torch.testing.assert_close(torch.from_numpy(found['logits']), wanted, atol=1e-4, rtol=0)
         first = capsys.readouterr().out.splitlines()[0].split(maxsplit=1)
         assert first == [f'{wanted.softmax(1).max():.2%}', f'class {wanted.argmax()}']

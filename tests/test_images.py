@@ -17,6 +17,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.models import save_for_hf
 
 from timm_mobileformer.cli import main
+from timm_mobileformer.cli.batches import Kept
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.images import SUFFIXES, Pictures, check_images, decode, read_crop, read_image
@@ -311,6 +312,24 @@ def test_only_training_takes_crops_and_validation_every_pixel(tmp_path):
     assert np.array_equal(image.numpy().transpose(1, 2, 0), np.asarray(crop))
 
 
+def test_validation_images_are_read_once_if_memory_holds_them(tmp_path):
+    for i in range(3):
+        smooth(80, 60 + i).save(tmp_path / f'{i}.jpg')
+    dataset = Pictures([(str(tmp_path / f'{i}.jpg'), i) for i in range(3)])
+    loader: Any = create_loader(dataset, (3, 32, 32), 2, num_workers=0, device=torch.device('cpu'))
+    wanted, batches = list(loader), loader.loader
+    kept, not_kept = Kept(batches), Kept(batches, budget=3 * 3 * 32 * 32 - 1)
+    for loader.loader in kept, not_kept:
+        assert all(torch.equal(a, b) for got, want in zip(loader, wanted, strict=True)
+                   for a, b in zip(got, want, strict=True))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    loader.loader = kept
+    assert all(torch.equal(got[0], want[0]) for got, want in zip(loader, wanted, strict=True))
+    with pytest.raises(FileNotFoundError):
+        list(not_kept)
+
+
 # Plugins of Pillow
 
 def test_a_heic_is_a_picture_like_any_other(tmp_path):
@@ -318,9 +337,9 @@ def test_a_heic_is_a_picture_like_any_other(tmp_path):
     upright = smooth(96, 64)
     stored = upright.transpose(Image.Transpose.ROTATE_90)
     stored.getexif()[274] = 6
-    for name in 'a/1.heic', 'a/2.HEIC', 'b/3.heif', 'b/4.HEIC':
+    for i, name in enumerate(('a/1.heic', 'a/2.HEIC', 'b/3.heif', 'b/4.HEIC')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        stored.save(tmp_path / name, 'HEIF', quality=95)
+        stored.save(tmp_path / name, 'HEIF', quality=95 - i)
     data = open_data(tmp_path)
     assert len(data.train) == len(data.held_out) == 2
     assert check_images([path for path, _ in data.train.samples], 1) is None
@@ -332,9 +351,9 @@ def test_a_heic_is_a_picture_like_any_other(tmp_path):
 @pytest.mark.parametrize('suffix, package', [('.jxl', 'pillow-jxl-plugin'), ('.heic', 'pillow-heif')])
 def test_a_type_that_a_plugin_reads_is_named_with_the_package(tmp_path, monkeypatch, suffix, package):
     monkeypatch.setattr('timm_mobileformer.cli.folders.SUFFIXES', SUFFIXES - {suffix})
-    for name in 'a/1.png', 'a/2.png', 'b/3.png', 'b/4.png', f'b/5{suffix}':
+    for i, name in enumerate(('a/1.png', 'a/2.png', 'b/3.png', 'b/4.png', f'b/5{suffix}')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(GRAY).save(tmp_path / name, 'PNG')
+        Image.fromarray(GRAY // (i + 1)).save(tmp_path / name, 'PNG')
     assert f'passed over: 1 {suffix} (pip install {package} reads them)' in open_data(tmp_path).remarks
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomS
 from .console import InputError
 from .data import Data
 
-__all__ = ['EvenBatches', 'make_loaders', 'set_batches']
+__all__ = ['EvenBatches', 'Kept', 'make_loaders', 'set_batches']
 
 MIN_BATCHES = 20  # in an epoch
 
@@ -49,6 +49,39 @@ class EvenBatches(Sampler):
         return self.num_batches
 
 
+class Kept:
+    """Batches that are the same every time: kept in memory once they are read, if they fit into it.
+
+    Validation images are read in full size, which takes longer than to train on as many.
+
+    Args:
+        loader: Yields images and targets.
+        budget: Bytes that the images may take up.
+    """
+
+    def __init__(self, loader: Any, budget: int = 2 ** 30) -> None:
+        self.loader = loader
+        self.budget = budget
+        self.batches: List[Tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        if self.batches:
+            yield from self.batches
+            return
+        batches, size = [], 0
+        for images, targets in self.loader:
+            size += images.nbytes
+            if size <= self.budget:
+                batches.append((images.clone(), targets.clone()))  # those of workers are in shared memory
+            else:
+                batches.clear()
+            yield images, targets
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
 def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Tuple[Any, Any]:
     """Batches to train on and to evaluate; workers live for an epoch, whose seed theirs follow."""
     settings = dict(resolve_model_data_config(model, vars(args)), device=device, num_workers=args.workers,
@@ -68,5 +101,7 @@ def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device:
     train.loader = DataLoader(  # as timm's, which drops the last batch
         data.train, batch_sampler=EvenBatches(sampler, args.batch_size), num_workers=args.workers,
         collate_fn=train.loader.collate_fn, worker_init_fn=train.loader.worker_init_fn)
-    return train, create_loader(
+    held_out: Any = create_loader(
         data.held_out, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
+    held_out.loader = Kept(held_out.loader)  # in 8 bits, before they are normalized
+    return train, held_out
