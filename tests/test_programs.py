@@ -171,20 +171,28 @@ def test_fine_tuning_recipe_carries_mnist_to_the_digits(program, digits, mnist):
     assert top1_of(printed) == pytest.approx(best, abs=1e-4)
 
 
+# Runs a program, which is killed when it says that it is in the third epoch.
+KILLED = r'''
+import logging, os, re, runpy, signal, sys
+
+class Kill(logging.Handler):
+    def emit(self, record):
+        if re.match(r'Train: 2 \[ *[1-9]', record.getMessage()):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+logging.getLogger().addHandler(Kill())
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
 def test_resume_after_a_kill_in_mid_epoch_loses_no_finished_epoch(timm_repo, digits, tmp_path):
-    command = [
-        sys.executable, timm_repo / 'train.py', *recipe_args(digits, 4), '--output', tmp_path, '--experiment', 'run']
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONSAFEPATH': '1'}
-    with subprocess.Popen(
-            [str(c) for c in command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as train:
-        for line in train.stderr:
-            if re.match(r'Train: 2 \[ *[1-9]', line):
-                train.send_signal(signal.SIGKILL)
-                break
-        train.stderr.read()
+    args = [timm_repo / 'train.py', *recipe_args(digits, 4), '--output', tmp_path, '--experiment', 'run']
+    killed = execute(sys.executable, '-c', KILLED, *args, PYTHONSAFEPATH='1')
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = top1_by_epoch(tmp_path / 'run')
     assert list(finished) == [0, 1]
-    output(*command, '--resume', tmp_path / 'run' / 'last.pth.tar', PYTHONSAFEPATH='1')
+    output(sys.executable, *args, '--resume', tmp_path / 'run' / 'last.pth.tar', PYTHONSAFEPATH='1')
     resumed = top1_by_epoch(tmp_path / 'run')
     assert list(resumed) == [0, 1, 2, 3]
     assert {epoch: resumed[epoch] for epoch in finished} == finished
