@@ -339,7 +339,7 @@ def test_a_heic_is_a_picture_like_any_other(tmp_path):
     stored.getexif()[274] = 6
     for i, name in enumerate(('a/1.heic', 'a/2.HEIC', 'b/3.heif', 'b/4.HEIC')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        stored.save(tmp_path / name, 'HEIF', quality=95 - i)
+        stored.save(tmp_path / name, 'HEIF', quality=95 - 10 * i)
     data = open_data(tmp_path)
     assert len(data.train) == len(data.held_out) == 2
     assert check_images([path for path, _ in data.train.samples], 1) is None
@@ -417,7 +417,7 @@ def test_the_scale_of_grays_goes_with_the_model_to_predictions_and_files(tmp_pat
 def test_a_model_of_other_channels_is_refused_before_any_image_is_read(tmp_path, capsys):
     for name in 'a/1.png', 'a/2.png', 'b/3.png', 'b/4.png':
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text('no image')
+        (tmp_path / name).write_text(f'no image {name}')
     start = saved_model(tmp_path / 'start', 4)
     assert main(['finetune', '--data-dir', str(tmp_path), '--model', start, '--output', str(tmp_path / 'out')])
     assert 'takes images of 4 channels, but files are read as 3 (RGB) or 1 (gray)' in capsys.readouterr().err
