@@ -135,7 +135,7 @@ def top1_by_epoch(folder):
     return [float(row['eval_top1']) for row in read_csv(folder / 'summary.csv')]
 
 
-def test_the_digits_are_learnt_by_the_bare_command_from_the_first_epochs_on(finetuned, digits):
+def test_the_digits_are_learnt_without_a_folder_from_the_first_epochs_on(finetuned, digits):
     folder, printed = finetuned
     assert '1,437 images to train on, 360 held out' in printed
     assert len(re.findall(r'^epoch ', printed, re.MULTILINE)) == 4

@@ -27,7 +27,7 @@ FOLDER: Dict[str, Any] = dict(
     val_split=0.2, scale=(0.35, 1.), hflip=0.5, workers=2, model='mobileformer_52m', pretrained=False, epochs=30,
     lr=1e-3, weight_decay=0.05, smoothing=0.1, seed=42, balanced=False, amp=False,
     output=Path('output/finetune'))
-DIGITS = {**FOLDER, **dict(img_size=64, epochs=12, lr=2e-3, scale=(0.7, 1.), hflip=0.)}  # without a folder
+DIGITS = {**FOLDER, **dict(img_size=64, epochs=16, scale=(0.7, 1.), hflip=0.)}  # without a folder
 RESUMED = {'subcommand', 'resume', 'data_dir', 'labels', 'epochs', 'device', 'threads', 'workers'}  # beside --resume
 
 EPILOG = """\
@@ -68,13 +68,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--drop-path', type=fraction(most=0.99), metavar='P', help='stochastic depth')
 
     group = parser.add_argument_group('training')
-    group.add_argument('--epochs', type=at_least(1), metavar='N', help='number of epochs (default: 30; digits: 12)')
+    group.add_argument('--epochs', type=at_least(1), metavar='N', help='number of epochs (default: 30; digits: 16)')
     group.add_argument('--patience', type=at_least(1), metavar='N', help='stop after N epochs without improvement')
     batch_size_option(group, None, '64; 32 for fewer than 1,280 images')
     group.add_argument('--epoch-repeats', type=at_least(1), metavar='N',
                        help='passes over the images in an epoch (default: as many as make 20 batches)')
     group.add_argument('--lr', type=fraction(most=math.inf),
-                       help='peak learning rate of AdamW (default: 1e-3; digits: 2e-3)')
+                       help='peak learning rate of AdamW (default: 1e-3)')
     group.add_argument('--weight-decay', type=fraction(most=math.inf), metavar='W', help='default: 0.05')
     group.add_argument('--layer-decay', type=fraction(), metavar='R',
                        help='ratio of the learning rates of successive layers')
