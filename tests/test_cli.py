@@ -383,7 +383,7 @@ def test_a_timm_name_comes_before_a_folder_of_that_name(weights, tmp_path, monke
 @pytest.mark.parametrize('args, wanted', [
     (('mobileformer_25m',), 'mobileformer_25m is neither a model of timm nor a folder; similar: mobileformer'),
     (('test_mobileformer',), 'test_mobileformer needs weights: --checkpoint FILE for your own, --pretrained for'),
-    (('test_mobileformer', '--pretrained'), 'No pretrained weights exist for test_mobileformer; --checkpoint FILE'),
+    (('test_mobileformer', '--pretrained'), 'test_mobileformer: No pretrained weights exist for test_mobileformer'),
     (('test_mobileformer.x', '--pretrained'), 'Invalid pretrained tag (x) for test_mobileformer'),
     (('.',), '. has no config.json, so finetune did not write it'),
     (('folder', '--checkpoint', 'plain.pth'), 'folder has weights already'),

@@ -17,7 +17,6 @@ Two streams run in parallel: a local feature map ``x: (B, C, H, W)`` and a few g
 block passes them through the paper's four parts in this order (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
 Where the paper and the authors' code differ, the implementation follows the code, so that their checkpoints load.
 """
-import os
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
@@ -32,7 +31,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from .checkpoint import checkpoint_filter_fn
 from .dynamic_relu import DynamicReLU
 from .layers import ChannelShuffle, ConvNorm, LinearNorm
-from .pretrained import explain_missing_weights
+from .pretrained import with_weights
 
 try:
     from timm.models import checkpoint
@@ -692,8 +691,8 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
         module.fuse()
 
 
-def _cfg(variant: str = '', **kwargs: Any) -> Dict[str, Any]:
-    cfg = {
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
         'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
@@ -702,24 +701,26 @@ def _cfg(variant: str = '', **kwargs: Any) -> Dict[str, Any]:
         'paper_ids': 'arXiv:2108.05895',
         'paper_name': 'Mobile-Former: Bridging MobileNet and Transformer',
         'origin_url': 'https://github.com/AAboys/MobileFormer',
+        **kwargs,
     }
-    if variant:
-        hub = os.environ.get('TIMM_MOBILEFORMER_HUB') or 'timm-mobileformer'
-        namespace, at, revision = hub.partition('@')
-        cfg['hf_hub_id'] = f'{namespace}/{variant}{at}{revision}'
-    return {**cfg, **kwargs}
 
 
+# Where else weights come from: pretrained.py
 default_cfgs = generate_default_cfgs({
-    **{f'mobileformer_{v}.ms_in1k': _cfg(f'mobileformer_{v}.ms_in1k') for v in (
-        '26m', '52m', '96m', '151m', '214m', '294m', '508m')},
+    'mobileformer_26m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_26m.ms_in1k'),
+    'mobileformer_52m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_52m.ms_in1k'),
+    'mobileformer_96m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_96m.ms_in1k'),
+    'mobileformer_151m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_151m.ms_in1k'),
+    'mobileformer_214m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_214m.ms_in1k'),
+    'mobileformer_294m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_294m.ms_in1k'),
+    'mobileformer_508m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_508m.ms_in1k'),
     'test_mobileformer': _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
 })
 
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
     strict = kwargs.get('pretrained_strict', not kwargs.get('features_only', False))  # as timm has it
-    with explain_missing_weights(variant, pretrained, kwargs):
+    with with_weights(variant, pretrained, kwargs) as kwargs:
         return build_model_with_cfg(
             MobileFormer,
             variant,

@@ -37,8 +37,6 @@ of timm's source:
   git clone --depth 1 --branch v{timm} https://github.com/huggingface/pytorch-image-models
   python pytorch-image-models/train.py --config "$(timm-mobileformer recipe finetune)" \\
       --model mobileformer_52m --pretrained --num-classes N --data-dir DIR
-
---pretrained needs published weights; `timm-mobileformer weights` fetches the authors' into a folder for --model.
 """
 
 

@@ -2,7 +2,6 @@
 import argparse
 import difflib
 import pickle
-import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -20,8 +19,7 @@ from timm.models import get_arch_name, is_model_in_modules, parse_model_name, re
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from timm_mobileformer import MobileFormer, checkpoint_filter_fn
-from timm_mobileformer.authors import AUTHORS_FILES
-from timm_mobileformer.pretrained import why
+from timm_mobileformer.download_errors import why
 
 from .console import InputError, quote, reason
 
@@ -158,13 +156,7 @@ def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]
         return f'{file} as {args.model}: {reason(error)}'
     if args.model.startswith('hf-hub:'):
         return f'{args.model}: {why(error)}'
-    text = reason(error).removeprefix(f'{args.model}: ')
-    if args.pretrained:  # what else to do is said in Python there
-        text = re.split(r'\. (?:Ways on:|Use `pretrained=False`)', text)[0]
-        text += '; --checkpoint FILE takes the weights from a file'
-        if (name := get_arch_name(args.model)) in AUTHORS_FILES:
-            text += f", and timm-mobileformer weights {name} fetches the authors' into a folder for --model"
-    return f'{args.model}: {text}'
+    return f'{args.model}: {reason(error, 2000).removeprefix(f"{args.model}: ")}'
 
 
 def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weights: bool = True, **kwargs: Any) -> Any:

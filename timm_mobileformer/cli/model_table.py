@@ -6,11 +6,24 @@ import timm
 import torch
 
 import timm_mobileformer  # noqa: F401  registers the models
-from timm_mobileformer.authors import PAPER_TOP1
+from timm_mobileformer.authors import AUTHORS_FILES, PAPER_TOP1
+from timm_mobileformer.authors_weights import cached_weights, read_record
+from timm_mobileformer.pretrained import cached_hub_file, hub_repository
 
 from .cost import count_macs
 
 __all__ = ['run']
+
+
+def where_cached(variant: str) -> str:
+    """Which weights of a variant are in the cache; asks no network."""
+    if variant not in AUTHORS_FILES:
+        return 'none'
+    if cached_hub_file(repository := hub_repository(variant)):
+        return f'cached, from hf-hub:{repository}'
+    if weights := cached_weights(variant):
+        return f'cached, from Google Drive, {read_record(weights.parent).get("date", "date unknown")}'
+    return 'not cached'
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,10 +34,8 @@ def run(args: argparse.Namespace) -> None:
         cfg: Any = model.pretrained_cfg
         params = sum(p.numel() for p in model.parameters())
         macs = f"{count_macs(model, torch.zeros(1, *cfg['input_size'])) / 1e6:.1f} M"
-        weights = f"hf-hub:{cfg['hf_hub_id']}" if cfg.get('hf_hub_id') else 'none'
-        print(f"{name:<18} {params:>10,} {macs:>8} {PAPER_TOP1.get(name, '-'):>6}  {weights}")
+        print(f"{name:<18} {params:>10,} {macs:>8} {PAPER_TOP1.get(name, '-'):>6}  {where_cached(name)}")
     print("""
 MACs of the convolutions and matrix products, for an image of 224x224 (test_mobileformer: 160x160).
 Top-1 on ImageNet-1k in percent as the paper (arXiv 2108.05895) reports it; it was not measured here.
-Weights: where --pretrained and pretrained=True load them from, once they are published; until then, there is
-timm-mobileformer weights NAME.""")
+Weights: --pretrained and pretrained=True load them from the cache, the Hugging Face Hub, or Google Drive.""")

@@ -6,7 +6,6 @@ from timm_mobileformer.authors import AUTHORS_TAG
 
 from .console import InputError
 from .options import batch_size_option, device_option, existing_folder, model_options, workers_option
-from .weights import authors_options
 
 HELP = 'put weights on the Hugging Face Hub'
 WORK = 'publishing'
@@ -18,13 +17,14 @@ Publish weights of a Mobile-Former on the Hugging Face Hub, where pretrained=Tru
   timm-mobileformer publish --all --namespace ORG
   timm-mobileformer publish --model mobileformer_294m --checkpoint FILE
 
-A checkpoint, fetched from the authors' links where none is named, is read as data only and checked: every tensor fits
-and is finite, the model answers, and, with --validate, it is as accurate as the paper says. Only then timm's own files
-for the Hub (config.json, model.safetensors, README.md) go up in one commit, are downloaded into an empty cache, and
-must give the same answer to the bit. Running it again sends what is missing, or nothing."""
+A checkpoint, by default the authors', is loaded as data only and checked: every tensor fits and is finite, the output
+of the model is finite, and, with --validate, its accuracy is that of the paper. Then config.json, model.safetensors and
+README.md are uploaded in one commit, downloaded into an empty cache, and must give the same output bit for bit. Running
+the command again uploads what is missing, or nothing."""
     group = parser.add_argument_group('what')
     model_options(group)
-    authors_options(group)
+    group.add_argument('--all', type=existing_folder, metavar='FOLDER', nargs='?', const=True,
+                       help="every variant: the authors' weights, or the checkpoints in a folder")
     group = parser.add_argument_group('where')
     where = group.add_mutually_exclusive_group()
     where.add_argument('--namespace', metavar='ORG',

@@ -1,6 +1,5 @@
 """Publish weights of a Mobile-Former on the Hugging Face Hub."""
 import argparse
-import errno
 import os
 import tempfile
 from importlib.metadata import version
@@ -10,26 +9,41 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import timm
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
-from timm.models._hub import generate_readme
+from timm.models._hub import save_for_hf
 
 from timm_mobileformer.authors import AUTHORS_FILES, AUTHORS_TAG, PAPER_TOP1
-from timm_mobileformer.pretrained import why
+from timm_mobileformer.authors_weights import read_record
+from timm_mobileformer.checkpoint import checkpoint_filter_fn
+from timm_mobileformer.download_errors import why
+from timm_mobileformer.pretrained import hub_repository
 
-from .authors_weights import CACHE, Candidate, check, fetch, find_variants, read_record, save, verify
+from .authors_weights import fetch
 from .classifier import as_classifier
-from .console import InputError, abbreviate, reason
+from .console import InputError, abbreviate, progress, reason
 from .data import ImageScan
 from .evaluation import score_images
 from .files import atomic_dir, sha256
-from .load import pick_device
+from .load import load_mobileformer, pick_device, read_checkpoint
+from .model_card import model_card
 from .report import measure
 
 __all__ = ['run']
 
+SUFFIXES = '.safetensors', '.pth', '.pt', '.tar', '.bin'
 TOLERANCE = 0.3  # points of top-1 that weights may miss of the paper's figure
+
+
+class Candidate(NamedTuple):
+    """A model with weights that were checked, and what it answers."""
+    model: Any
+    source: str  # what --model or --checkpoint names
+    file: Optional[Path]  # that holds them, if they are on this machine
+    x: torch.Tensor
+    answer: torch.Tensor
 
 
 class Accuracy(NamedTuple):
@@ -44,14 +58,78 @@ class Accuracy(NamedTuple):
         return self.top1 < self.paper - TOLERANCE
 
 
+def find_variants(folder: Path, use_ema: bool) -> Dict[str, Path]:
+    """The checkpoint of each variant in a folder, told apart by their tensors, whatever their names."""
+    found: Dict[str, Path] = {}
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
+    models = {variant: timm.create_model(variant, device='meta') for variant in PAPER_TOP1}
+    for path in progress(files, 'Looking for checkpoints', unit='file'):
+        tensors, _ = read_checkpoint(path, use_ema)
+        for variant, model in models.items():
+            try:
+                checkpoint_filter_fn(tensors, model)
+            except RuntimeError:
+                continue
+            if variant in found:
+                raise InputError(f'{found[variant]} and {path} are both of {variant}: leave one in the folder')
+            found[variant] = path
+            break
+        else:
+            raise InputError(f'{path}: fits no Mobile-Former; take it out of the folder')
+    if not found:
+        raise InputError(f'{folder}: holds no checkpoint ({", ".join(SUFFIXES)})')
+    return found
+
+
+def check(args: argparse.Namespace) -> Candidate:
+    """Load a model and refuse weights that nobody can use."""
+    model = load_mobileformer(args).eval()
+    source, file = str(args.checkpoint or args.model), args.checkpoint
+    if (weights := Path(args.model.removeprefix('local-dir:'), 'model.safetensors')).is_file() and not file:
+        file = weights
+    if args.pretrained:
+        source, cached = f'hf-hub:{model.pretrained_cfg["hf_hub_id"]}', model.pretrained_cfg.get('file')
+        if cached and read_record(Path(cached).parent):
+            source, file = "the authors' file", Path(cached)
+    broken = [k for k, v in model.state_dict().items() if not v.isfinite().all()]
+    if broken:
+        raise InputError(f'{source}: NaN or infinity in {abbreviate(broken)}')
+    x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        answer = model(x)
+    if not answer.isfinite().all():
+        raise InputError(f'{source}: the model answers NaN or infinity')
+    variant = model.pretrained_cfg['architecture']
+    print(f'{source}: fits {variant}, {sum(p.numel() for p in model.parameters()):,} parameters, all finite')
+    return Candidate(model, source, file, x, answer)
+
+
+def save(candidate: Candidate, folder: Path, card: str = '') -> None:
+    """Write config.json and model.safetensors, by timm's own code, and a model card."""
+    try:
+        save_for_hf(candidate.model, str(folder), safe_serialization=True)
+        if card:
+            (folder / 'README.md').write_text(card, encoding='utf-8')
+    except (OSError, SafetensorError) as e:
+        raise InputError(f'{folder}: cannot be written ({reason(e)}); free some space, or set TMPDIR') from e
+
+
+def verify(name: str, candidate: Candidate) -> None:
+    """Load what was published with timm, by way of an empty cache, and ask it the same."""
+    with tempfile.TemporaryDirectory() as cache:
+        model = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
+    with torch.inference_mode():
+        answer = model(candidate.x)
+    if not torch.equal(answer, candidate.answer):
+        raise InputError(f'{name} gives other answers than {candidate.source}')
+
+
 def every_model(args: argparse.Namespace) -> List[argparse.Namespace]:
     """The options of each model that is named; those of the authors are fetched where no other weights are named."""
-    folder = args.download_dir or CACHE / 'downloads'
     if args.all:
-        files = {v: fetch(v, folder) for v in AUTHORS_FILES} if args.all is True else find_variants(
-            args.all, args.use_ema)
+        files = {v: fetch(v) for v in AUTHORS_FILES} if args.all is True else find_variants(args.all, args.use_ema)
     elif args.model in AUTHORS_FILES and not (args.checkpoint or args.pretrained) and args.tag in (None, AUTHORS_TAG):
-        files = {args.model: fetch(args.model, folder)}
+        files = {args.model: fetch(args.model)}
     else:
         return [args]
     return [argparse.Namespace(**{**vars(args), 'model': variant, 'checkpoint': file})
@@ -65,8 +143,8 @@ def name_repository(cfg: Dict[str, Any], args: argparse.Namespace) -> str:
         raise InputError(f'{args.model}: say with --tag which weights these are')
     if cfg['tag'] != AUTHORS_TAG:
         cfg['origin_url'] = None
-    published: Any = timm.models.get_pretrained_cfg_value(f'{next(iter(PAPER_TOP1))}.{AUTHORS_TAG}', 'hf_hub_id')
-    repo_id = args.repo_id or f'{args.namespace or published.split("/")[0]}/{cfg["architecture"]}.{cfg["tag"]}'
+    namespace = args.namespace or hub_repository(next(iter(AUTHORS_FILES))).split('/')[0]
+    repo_id = args.repo_id or f'{namespace}/{cfg["architecture"]}.{cfg["tag"]}'
     try:
         validate_repo_id(repo_id)
     except ValueError as e:
@@ -130,113 +208,9 @@ def origin(candidate: Candidate) -> str:
     """Where weights are from, for others to compare."""
     if not (file := candidate.file):
         return f'`{candidate.source}`'
-    fetched, digest = read_record(file), sha256(file)
-    link = f', from {fetched["url"]}' if fetched.get('sha256') == digest else ''
-    return f'`{file.name}`, SHA-256 `{digest}`, {file.stat().st_size:,} bytes{link}'
-
-
-def model_card(candidate: Candidate, repo_id: str) -> str:
-    model = candidate.model
-    cfg = model.pretrained_cfg
-    variant, paper = cfg['architecture'], 'https://arxiv.org/abs/2108.05895'
-    is_authors = cfg['tag'] == AUTHORS_TAG
-    what = f'{variant} is a Mobile-Former: a MobileNet and a transformer of a few global tokens side by side, joined ' \
-        'by a two-way bridge in every block. '
-    if is_authors:
-        what += 'These are the weights that the authors of the paper trained on ImageNet-1k and published, renamed ' \
-            'for timm. The authors state no licence for them.'
-    else:
-        what += f'These weights (tag `{cfg["tag"]}`) are not those of the authors of the paper.'
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    height, width = cfg['input_size'][1:]
-    details: Dict[str, Any] = {
-        'Model Type': 'Image classification / feature backbone',
-        'Model Stats': {'Params (M)': f'{size:.1f}', 'Image size': f'{height} x {width}', 'Classes': model.num_classes},
-        'Papers': [f'{cfg["paper_name"]}: {paper}'],
-    }
-    if is_authors:
-        details['Dataset'] = 'ImageNet-1k'
-        details['Original'] = cfg['origin_url']
-    details['Source'] = origin(candidate)
-    return generate_readme({
-        'tags': ['image-classification', 'timm', 'mobile-former', f'arxiv:{paper.rsplit("/")[-1]}'],
-        'license': cfg['license'],
-        'description': what,
-        'details': details,
-        'usage': USAGE.format(repo_id=repo_id),
-        'comparison': COMPARISON,
-        'citation': CITATION,
-    }, repo_id.split('/')[1])
-
-
-USAGE = '''
-`import timm_mobileformer` registers the model with timm.
-
-### Image classification
-```python
-from PIL import Image
-import timm
-import timm_mobileformer
-import torch
-
-image = Image.open('image.jpg').convert('RGB')
-
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
-data_config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**data_config, is_training=False)
-
-logits = model(transform(image).unsqueeze(0))  # (1, classes)
-probabilities, classes = logits.softmax(dim=1).topk(5)
-```
-
-### Feature maps
-```python
-from PIL import Image
-import timm
-import timm_mobileformer
-
-image = Image.open('image.jpg').convert('RGB')
-
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True, features_only=True).eval()
-data_config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**data_config, is_training=False)
-
-for x in model(transform(image).unsqueeze(0)):  # one map each at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size
-    print(x.shape)
-```
-
-### Image embeddings
-```python
-from PIL import Image
-import timm
-import timm_mobileformer
-
-image = Image.open('image.jpg').convert('RGB')
-
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True, num_classes=0).eval()
-data_config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**data_config, is_training=False)
-
-embedding = model(transform(image).unsqueeze(0))  # (1, head_hidden_size)
-features = model.forward_features(transform(image).unsqueeze(0))  # (1, num_features, 7, 7) at 224 x 224
-```
-'''
-COMPARISON = '''
-As the paper reports them; FLOPs count multiply-adds, top-1 is that of ImageNet-1k in percent.
-
-|model|params (M)|FLOPs (M)|top-1|
-|---|---|---|---|
-''' + ''.join(
-    f'|{variant}|{params}|{variant.split("_")[1][:-1]}|{PAPER_TOP1[variant]}|\n'
-    for variant, params in zip(PAPER_TOP1, (3.2, 3.5, 4.6, 7.6, 9.4, 11.4, 14.0), strict=True))
-CITATION = '''@inproceedings{chen2022mobileformer,
-  author={Chen, Yinpeng and Dai, Xiyang and Chen, Dongdong and Liu, Mengchen and Dong, Xiaoyi and Yuan, Lu and
-          Liu, Zicheng},
-  title={Mobile-Former: Bridging MobileNet and Transformer},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  pages={5270--5279},
-  year={2022}
-}'''
+    if source := read_record(file.parent):
+        return f'{source["url"]}, SHA-256 `{source["sha256"]}`, {source["size"]:,} bytes'
+    return f'`{file.name}`, SHA-256 `{sha256(file)}`, {file.stat().st_size:,} bytes'
 
 
 def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitInfo, bool]:
@@ -263,13 +237,14 @@ def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitIn
 
 def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save(candidate, Path(folder), model_card(candidate, repo_id))
+        save(candidate, Path(folder), model_card(candidate.model, repo_id, origin(candidate)))
         try:
             commit, is_new = send(repo_id, Path(folder), args)
         except InputError:
             raise
         except Exception as e:
-            raise InputError(f'{repo_id} is not published: {advice(e, repo_id)}') from e
+            text = reason(e) if isinstance(e, ValueError) else why(e, repo_id.split('/')[0])
+            raise InputError(f'{repo_id} is not published: {text} ({constants.ENDPOINT}); run this again') from e
     print(f'{repo_id}: published as {commit.pr_url or commit.commit_url}' if is_new else
           f'{repo_id}: unchanged, the Hub holds these files already')
     try:
@@ -277,46 +252,17 @@ def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namesp
     except InputError:
         raise
     except Exception as e:
-        cause = e.__cause__ if isinstance(e, RuntimeError) and e.__cause__ else e  # of the model's own error
-        raise InputError(f'{repo_id} is published as {commit.oid}, but does not load: {why(cause)}; '
-                      'run this again to check it') from e
+        raise InputError(f'{repo_id} is published as {commit.oid}, but does not load: {why(e)}; '
+                         'run this again to check it') from e
     print(f'{repo_id}: downloaded again, same answer to the bit')
 
 
 def write_dry(candidate: Candidate, repo_id: str, target: Path) -> None:
     """Put the files into a folder instead, complete or not at all."""
     with atomic_dir(target) as folder:
-        save(candidate, folder, model_card(candidate, repo_id))
+        save(candidate, folder, model_card(candidate.model, repo_id, origin(candidate)))
     verify(f'local-dir:{target}', candidate)
     print(f'{target}: written, nothing sent; loads as local-dir:{target}, same answer to the bit')
-
-
-def advice(error: BaseException, repo_id: str) -> str:
-    """What went wrong while publishing and what to do, in one line."""
-    namespace = repo_id.split('/')[0]
-    cause: Optional[BaseException] = error
-    while cause is not None:
-        if isinstance(cause, OfflineModeIsEnabled):
-            return 'HF_HUB_OFFLINE is set, unset it'
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f'{reason(cause)}; free some space and run this again'
-        if (response := getattr(cause, 'response', None)) is not None:
-            status = response.status_code
-            if status == 401:
-                return 'the Hub knows no such token (401); log in with `hf auth login` or set HF_TOKEN'
-            if status == 403:
-                return f'the token may not write there (403); ask {namespace} for it, or name your own --namespace'
-            if status == 404:
-                return f'not found (404); is there a namespace {namespace}, and may the token write to it?'
-            if status in (409, 412):
-                return f'somebody else changed it meanwhile ({status}); look at it, and run this again'
-            if status >= 500:
-                return f'the Hub is in trouble ({status}); run this again later'
-            return f'the Hub refuses ({status}): {reason(cause)}'
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(error, ValueError):
-        return reason(error)
-    return f'the connection to {constants.ENDPOINT} failed ({type(error).__name__}: {reason(error)}); run this again'
 
 
 def publish(args: argparse.Namespace) -> int:
