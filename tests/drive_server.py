@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +34,8 @@ class Drive:
 
     def __init__(self) -> None:
         self.files: Dict[str, bytes] = {}
-        # A page of PAGES, 'html' instead of the file, half of it by 'short' or 'drop', or what to do before the drop.
+        # A page of PAGES; 'html' instead of the file; half of it by 'short' or 'drop', or what to do before the drop; a
+        # pause in the middle by 'slow' and a long one by 'stall'; 'redirects' or 'pages' that lead to themselves.
         self.ways: Dict[str, Union[str, Callable[[], None]]] = {}
         self.log: List[str] = []  # the identifiers that were asked for
         self.env: Dict[str, str] = {}  # for clients
@@ -77,6 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         way = self.drive.ways.get(file_id, '')
         if self.host == 'accounts.google.com':
             self.answer(200, PAGES['sign in'])
+        elif way == 'redirects':
+            self.answer(302, Location=f'https://{self.host}{self.path}')
+        elif way == 'pages':
+            self.answer(200, PAGES['confirm'].format(id=file_id))
         elif way == 'sign in':
             self.answer(302, Location=f'https://accounts.google.com/ServiceLogin?continue={file_id}')
         elif way == 'gone' or file_id not in self.drive.files:
@@ -103,6 +109,10 @@ class Handler(BaseHTTPRequestHandler):
                 way()
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif way in ('slow', 'stall'):
+            self.answer(200, content[:len(content) // 2], Content_Length=str(len(content)), **headers)
+            time.sleep(1 if way == 'slow' else 5)
+            self.wfile.write(content[len(content) // 2:])
         else:
             self.answer(200, content, **headers)
 

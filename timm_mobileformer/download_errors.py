@@ -49,4 +49,4 @@ def why(error: BaseException, namespace: str = '') -> str:
     # gdown's advice is about its own command; what Drive's page says comes before it
     said = causes[1] if type(error).__name__ == 'FileURLRetrievalError' and len(causes) > 1 else error
     text = ' '.join(str(said).split()).rstrip('.') or type(said).__name__
-    return text if len(text) <= 300 else f'{text[:300]} …'
+    return text if len(text) <= 1000 else f'{text[:1000]} …'
