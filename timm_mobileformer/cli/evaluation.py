@@ -11,11 +11,11 @@ from .classifier import Classifier, open_classifier
 from .console import InputError, abbreviate
 from .data import find_labels
 from .digits import folder_or_digits
-from .files import atomic_dir
 from .folders import Labelled, contents, split_of
 from .images import try_to_read
 from .labelled import TrainingData, match_classes, training_data
 from .report import Scores, join, score, write_report
+from .run_state import claim
 from .tables import read_labels
 
 __all__ = ['run', 'score_images']
@@ -87,8 +87,6 @@ def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingDat
         print(remark)
     if not importlib.util.find_spec('matplotlib'):
         print("no figures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
-    with atomic_dir(args.output):  # refused before the work if it cannot be written to
-        pass
     scores, paths, unread = score_images(classifier, samples, args)
     if not paths:
         raise InputError(f'none of {len(samples):,} images can be read: '
@@ -98,7 +96,7 @@ def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingDat
     if unread:
         print(f'{len(unread):,} of {len(samples):,} images could not be read and are not counted; predictions.csv says '
               'why')
-    print(f'written to {args.output}: {", ".join(sorted(path.name for path in args.output.iterdir()))}')
+    print(f'written to {args.output}: {", ".join(sorted(path.name for path in args.output.glob("[!.]*")))}')
     return 1 if unread else 0
 
 
@@ -113,5 +111,5 @@ def run(args: argparse.Namespace) -> int:
                              'another folder')
         folder = trained.root
         trained.choose(args)
-    with folder_or_digits(folder) as root:
+    with claim(args.output), folder_or_digits(folder) as root:
         return evaluate(args, root, trained)

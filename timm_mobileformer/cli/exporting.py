@@ -24,6 +24,7 @@ from .labelled import TrainingData, match_classes, training_data
 from .load import class_names, load_model, reading_options
 from .metadata import ExportMetadata, describe, write_metadata
 from .options import data_arguments
+from .run_state import claim
 
 __all__ = ['run']
 
@@ -181,8 +182,6 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     data_config = resolve_model_data_config(model, vars(args))
     names = class_names(model, args.class_map)
     inputs = open_inputs(args, model, names, data_config, root, trained)
-    with atomic_dir(args.output):  # refused before the work if it cannot be written to
-        pass
     architecture = model.pretrained_cfg['architecture']
     about = {**describe(model, data_config, names, args.raw), 'weights_sha256': fingerprint_weights(model)}
 
@@ -268,5 +267,5 @@ def choose_data(args: argparse.Namespace, trained: Optional[TrainingData]) -> Co
 
 def run(args: argparse.Namespace) -> int:
     trained = training_data(args.model)
-    with choose_data(args, trained) as root:
+    with claim(args.output), choose_data(args, trained) as root:
         return export(args, root, trained)
