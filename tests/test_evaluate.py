@@ -2,7 +2,10 @@
 import csv
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -285,3 +288,22 @@ def test_what_cannot_be_used_is_refused_in_one_line(run, args, problem):
     status, out, printed, error = run(*args)
     assert status == 2 and error.startswith(f'error: {problem}') and error.count('\n') == 1
     assert not out.exists()
+
+
+# The heap
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the heap of glibc is what is set')
+def test_freed_memory_is_used_again_without_page_faults():
+    code = """
+import resource
+from timm_mobileformer.cli.heap import keep_heap
+keep_heap()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b'x' * 100_000_000
+before = faults()
+b'x' * 100_000_000
+assert faults() - before < 1000, faults() - before
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
+    with pytest.raises(subprocess.CalledProcessError):  # by default it has 24,000
+        subprocess.run([sys.executable, '-c', code.replace('\nkeep_heap()', '')], check=True, capture_output=True)

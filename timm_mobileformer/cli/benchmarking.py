@@ -29,6 +29,7 @@ from .benchmark_figure import draw, other_sizes
 from .console import InputError, progress, reason
 from .cost import count_macs, saved_for_backward
 from .files import atomic_dir
+from .heap import keep_heap
 from .load import find_model, known_config, model_args, pick_device
 from .published import PEERS, published
 
@@ -201,6 +202,7 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterat
 
 
 def run(args: argparse.Namespace) -> None:
+    keep_heap()
     names = [find_model(name) for name in args.model or [*PAPER_TOP1, *PEERS]]
     device = pick_device(args)
     torch.set_num_threads(args.threads)

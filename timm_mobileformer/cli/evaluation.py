@@ -12,6 +12,7 @@ from .console import InputError, abbreviate
 from .data import find_labels
 from .digits import folder_or_digits
 from .folders import Labelled, contents, split_of
+from .heap import keep_heap
 from .images import try_to_read
 from .labelled import TrainingData, match_classes, training_data
 from .report import Scores, join, score, write_report
@@ -101,6 +102,7 @@ def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingDat
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_heap()
     trained = training_data(args.model)
     folder = args.data_dir or args.labels and args.labels.parent
     if not folder:

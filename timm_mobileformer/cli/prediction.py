@@ -10,6 +10,7 @@ from .classifier import open_classifier
 from .console import InputError, abbreviate, printable
 from .data import ImageScan
 from .files import atomic_dir
+from .heap import keep_heap
 
 __all__ = ['run']
 
@@ -37,6 +38,7 @@ def find_images(paths: List[Path]) -> List[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_heap()
     paths = find_images(args.images)
     classifier = open_classifier(args)
     names = classifier.label_names

@@ -30,6 +30,7 @@ from .console import InputError, progress, quote
 from .data import Data, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
+from .heap import keep_heap
 from .images import check_images, read_image
 from .load import (
     HAVE_WEIGHTS,
@@ -237,6 +238,7 @@ def make_absolute(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    keep_heap()
     state = None
     with claim(args.resume or args.output):
         if args.resume:
