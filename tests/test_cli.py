@@ -264,6 +264,10 @@ def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_sa
             1 / 0  # noqa: B018
     assert (folder / 'b').read_text() == 'first' and len(os.listdir(folder)) == 2
     assert os.listdir(tmp_path) == ['new']
+    with (folder / 'b').open() as reader:  # of the file of before, which is replaced and not written into
+        with atomic_dir(folder) as unfinished:
+            (unfinished / 'b').write_text('second')
+        assert (reader.read(), (folder / 'b').read_text()) == ('first', 'second')
     refusal = r'folder/b cannot be written to \(File exists\)'
     with pytest.raises(InputError, match=refusal), atomic_dir(folder / 'b'):
         pass

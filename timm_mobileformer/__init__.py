@@ -29,7 +29,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    import_module('timm')  # before the module below is locked, which a thread that imports timm is going to lock itself
+    import_module('timm')  # before the modules below are locked, which a thread that imports timm is going to lock
+    _register()
     return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
 
 
