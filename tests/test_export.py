@@ -37,7 +37,7 @@ def needs(name):
     """Skip a test whose format cannot be exported on this machine, with the reason."""
     problem = ''
     try:
-        export.resolve_options(argparse.Namespace(formats=[name], images=None))
+        export.resolve_options(argparse.Namespace(formats=[name], images=None, opset=None))
     except InputError as e:
         problem = str(e)
     return pytest.mark.skipif(bool(problem), reason=problem or 'nothing is missing')
@@ -77,7 +77,7 @@ def copied(exported, monkeypatch):
     """Exporters that copy what is there, since to make it takes its time; `copied(name, of)` takes another's file."""
     def copy(name, of=None):
         path = exported[0] / f'mobileformer_52m{formats.FORMATS[of or name].suffix}'
-        form = formats.FORMATS[name]._replace(export=lambda model, images, to: shutil.copy(path, to))
+        form = formats.FORMATS[name]._replace(export=lambda model, images, to, opset=None: shutil.copy(path, to))
         monkeypatch.setitem(formats.FORMATS, name, form)
     return copy
 
@@ -110,6 +110,19 @@ def test_one_command_exports_checks_and_compares(exported, held_out):
 
 
 @needs('onnx')
+def test_an_onnx_file_has_the_opset_asked_for(tmp_path):
+    import onnx
+
+    model = reparameterize_model(MobileFormer(8, 2, 32, THREE_BLOCKS[:1], 32, num_classes=10).eval())
+    images = torch.randn(2, 3, 64, 64)
+    formats.to_onnx(model, images, tmp_path / 'model.onnx', opset=18)
+    assert {o.domain: o.version for o in onnx.load(tmp_path / 'model.onnx').opset_import}[''] == 18
+    torch.testing.assert_close(formats.load_onnx(tmp_path / 'model.onnx', 1)(images), model(images))
+    with pytest.raises(InputError, match='cannot write opset 99'):
+        formats.to_onnx(model, images, tmp_path / 'model.onnx', opset=99)
+
+
+@needs('onnx')
 def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_risk(tmp_path, monkeypatch):
     import onnx
 
@@ -122,7 +135,7 @@ def test_int8_takes_little_more_than_a_quarter_and_leaves_in_float_what_is_at_ri
     images = torch.randn(4, 3, 64, 64)
     paths = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
     formats.to_onnx(model, images, paths[0])
-    monkeypatch.setattr(formats, 'to_onnx', lambda model, images, to: shutil.copy(paths[0], to))  # made already
+    monkeypatch.setattr(formats, 'to_onnx', lambda model, images, to, opset=None: shutil.copy(paths[0], to))
     formats.to_onnx_int8(model, images, paths[1])
     assert paths[0].stat().st_size > 3.45 * paths[1].stat().st_size  # the variant, and head, that gains least
 
@@ -391,6 +404,11 @@ def test_files_of_another_model_do_not_stay_beside_those_of_this_one(copied, fin
 
 
 # Refusals
+
+def test_an_opset_is_refused_without_an_onnx_format(capsys):
+    assert run_here('aoti', '--opset', 18) == 2
+    assert '--opset is for onnx and onnx-int8' in capsys.readouterr().err
+
 
 def refused(capsys, *args):
     """The one line on stderr with which `args` are refused."""

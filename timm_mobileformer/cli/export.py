@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 from .console import InputError, missing
-from .options import check_exist, class_map_option, data_options, model_options, threads_option, workers_option
+from .options import (
+    at_least,
+    check_exist,
+    class_map_option,
+    data_options,
+    model_options,
+    threads_option,
+    workers_option,
+)
 
 HELP = 'write files for devices'
 WORK = 'exporting'
@@ -36,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help='pictures without labels, or folders of them, instead')
     parser.add_argument('--output', type=Path, default=Path('output/export'), metavar='DIR',
                         help='folder for the files (default: output/export)')
+    parser.add_argument('--opset', type=at_least(18), metavar='N',
+                        help='opset of ONNX files, from 18 to the newest of the installed exporter (default: that of '
+                             'PyTorch)')
     parser.add_argument('--max-drop', type=float, default=1., metavar='P',
                         help='points of top-1 that int8 may lose, besides a standard error (default: 1)')
     threads_option(parser)
@@ -47,6 +58,8 @@ def resolve_options(args: argparse.Namespace) -> None:
     check_exist(args.images)
     if args.images and (args.data_dir or args.labels):
         raise InputError('--images are pictures without labels, --data-dir and --labels have some; name one of both')
+    if args.opset and not {'onnx', 'onnx-int8', 'all'}.intersection(args.formats):
+        raise InputError('--opset is for onnx and onnx-int8, which are not among the formats')
     every = 'all' in args.formats
     names = list(FORMATS) if every else list(dict.fromkeys(args.formats))
     lacks = {name: f'{name} {lack}' for name in names if (lack := missing(*FORMATS[name]))}

@@ -205,14 +205,14 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     changes: List[str] = []
     removed: List[str] = []
     for name in progress(args.formats, 'export', unit='format'):
-        form = FORMATS[name]
+        form, options = FORMATS[name], {'opset': args.opset} if args.opset and name.startswith('onnx') else {}
         try:
             if name.endswith('int8') and not inputs.calibration:
                 raise InputError('must see pictures to find its scales: --images or --data-dir names some')
             with atomic_dir(args.output) as folder:
                 path = folder / (architecture + form.suffix)
                 with quiet_unless_it_fails():
-                    form.export(net, to_input(images), path)
+                    form.export(net, to_input(images), path, **options)
                     size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
                     write_metadata({**about, 'input_shape': [form.batch, *about['input_shape'][1:]]}, path)
                     run = form.load(path, args.threads)

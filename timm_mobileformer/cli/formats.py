@@ -1,7 +1,7 @@
 """The files that a model can be exported to, by the exporters of the libraries that run them."""
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -49,21 +49,24 @@ def to_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedP
     return torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
 
 
-def to_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+def to_onnx(model: nn.Module, images: torch.Tensor, path: Path, opset: Optional[int] = None) -> None:
+    """In PyTorch's default opset, or another one that its exporter can write."""
     import onnx
 
     if versions.is_older(torch.__version__, '2.8'):
         raise InputError(f'ONNX needs torch 2.8 or later, not {torch.__version__}, whose exporter fixes the batch size')
     output = 'probabilities' if isinstance(model, Raw) else 'logits'
     torch.onnx.export(to_program(model, images), (), path, input_names=['images'], output_names=[output],
-                      dynamo=True, optimize=True, external_data=False, verbose=False)
+                      dynamo=True, optimize=True, external_data=False, verbose=False, opset_version=opset)
     file = onnx.load(path)
+    if opset not in (None, written := next(o.version for o in file.opset_import if not o.domain)):
+        raise InputError(f'the exporter of torch {torch.__version__} cannot write opset {opset}; it wrote {written}')
     for node in file.graph.node:
         del node.metadata_props[:]  # stack traces, as large as a small model and full of this machine's paths
     onnx.save(file, path)
 
 
-def to_onnx_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+def to_onnx_int8(model: nn.Module, images: torch.Tensor, path: Path, opset: Optional[int] = None) -> None:
     """1x1 convolutions and linear layers, nearly all of the weights, in int8 by channel; the images calibrate the rest.
 
     Stay in float: products of two activations, softmax, LayerNorm, GELU, the arithmetic of dynamic ReLU; the stem and
@@ -88,7 +91,7 @@ def to_onnx_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder, 'prepared.onnx')
-        to_onnx(model, images, prepared)
+        to_onnx(model, images, prepared, opset)
         quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
         shapes = {t.name: t.dims for t in graph.initializer}
@@ -218,7 +221,7 @@ def load_aoti(path: Path, threads: int) -> Run:
 class Format(NamedTuple):
     title: str
     suffix: str
-    export: Callable[[nn.Module, torch.Tensor, Path], None]
+    export: Callable[..., None]
     load: Callable[[Path, int], Run]
     batch: Any = 'batch'  # how many images it takes at a time
 
