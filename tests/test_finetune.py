@@ -182,7 +182,6 @@ steps = itertools.count(1)
 register_optimizer_step_post_hook(lambda *_: next(steps) == 5 and os.killpg(0, signal.SIGINT))
 if __name__ == '__main__':
     from timm_mobileformer.cli import main
-from timm_mobileformer.cli.batches import EvenBatches, make_loaders, set_batches
     sys.exit(main())
 '''
 
