@@ -501,7 +501,7 @@ def snapshot(hub: Hub, repo: str) -> Any:
 
 def test_a_failure_at_any_step_gives_one_line_and_leaves_the_hub_as_it_was(published, hub, clients, other, tmp_path):
     base, file = hub.folder / repository('26m'), other.read_bytes()
-    faults = {401: '(401); log in with', 403: '(403); ask others for it', 404: '(404); is there a namespace',
+    faults = {401: '(401); log in with', 403: '(403); ask others for permission', 404: '(404); is there a namespace',
               409: '(409); look at it', 503: 'answered 503; try again later',
               'drop': 'run this again', 'lose': 'run this again'}
     jobs, before = {}, {}
@@ -546,7 +546,7 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(published, hub,
 
     hub.faults[repo, 'preupload'] = commit_first
     result = clients(tmp_path, {'late': upload(*weights('26m', other), '--repo-id', repo)})['late']
-    assert 'somebody else changed it meanwhile (412)' in message(result)
+    assert 'somebody else changed it in the meantime (412)' in message(result)
     assert hub.files(repo) == {**hub.files(repository('26m')), 'notes.txt': b'by somebody else'}
 
 
