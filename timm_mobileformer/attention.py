@@ -40,7 +40,7 @@ def _runs_without_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
+def recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
     """Put the model in evaluation mode and record the attention weights of every bridge."""
     net = model.model if isinstance(model, FeatureGetterNet) else model
     unreadable = [f'{type(m).__name__} {name}'.strip() for name, m in model.named_modules() if _runs_without_hooks(m)]
@@ -102,6 +102,6 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> List[BridgeAttenti
     Raises:
         TypeError: The model is not a Mobile-Former, or a part of it is compiled, scripted or wrapped.
     """
-    with _recording(model) as maps:
+    with recording(model) as maps:
         model(images)
     return maps

@@ -12,7 +12,7 @@ from .console import InputError, progress, reason
 from .formats import open_onnx
 from .images import decode, try_to_read
 from .load import class_names, load_model, pick_device, read_names
-from .metadata import ExportMetadata, describe, make_transform, read_metadata
+from .metadata import ExportMetadata, describe, is_raw, make_transform, read_metadata
 
 __all__ = ['Classifier', 'as_classifier', 'open_classifier']
 
@@ -37,7 +37,7 @@ class Classifier(NamedTuple):
     """A model and its preprocessing.
 
     Attributes:
-        transform: Makes a tensor of an image, (C, H, W).
+        transform: Makes a tensor of an image: (C, H, W), or (H, W, C) in uint8 and any size for a raw file.
         run: Takes such tensors, returns logits (N, classes), or log-probabilities, on the CPU in float32.
         label_names: Names of the classes, by index.
         read: Makes an image of an opened file, as `decode`.
@@ -81,13 +81,15 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
     except Exception as e:  # ONNX Runtime has kinds of its own
         raise InputError(f'{path} cannot be read, it is damaged or no ONNX ({reason(e, 200)})') from e
     about = read_metadata(session.get_modelmeta().custom_metadata_map, path)
-    raw = about['input_dtype'] == 'uint8'
+
+    def answer(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run([about['output_name']], {about['input_name']: inputs.numpy()})[0])
 
     def run(images: Sequence[torch.Tensor]) -> torch.Tensor:
-        batch = torch.stack(tuple(images))
-        batch = batch.permute(0, 2, 3, 1).contiguous() if raw else batch
-        answer = torch.from_numpy(session.run([about['output_name']], {about['input_name']: batch.numpy()})[0])
-        return answer.clamp(min=torch.finfo(answer.dtype).tiny).log() if raw else answer
+        if not is_raw(about):
+            return answer(torch.stack(tuple(images)))
+        probabilities = torch.stack(tuple(map(answer, images)))
+        return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
 
     names = about['label_names']
     names = read_names(args.class_map, len(names)) if args.class_map else names

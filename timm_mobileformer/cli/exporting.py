@@ -11,24 +11,29 @@ from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Sequen
 
 import torch
 import torch.nn as nn
-from timm.data import create_loader, resolve_model_data_config
+from PIL import Image
+from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
+from torchvision.transforms import Compose
 
-from .console import InputError, abbreviate, progress, quiet_unless_it_fails, reason
+from .console import InputError, abbreviate, progress, quiet_unless_it_fails, quote, reason
 from .data import ImageScan, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
-from .formats import FORMATS, Raw, Run
+from .formats import FORMATS, Run, load_raw
 from .images import Pictures, check_images
 from .labelled import TrainingData, match_classes, training_data
 from .load import class_names, load_model, reading_options
-from .metadata import ExportMetadata, describe, write_metadata
+from .metadata import ExportMetadata, describe, to_pixels, write_metadata
 from .options import data_arguments
+from .raw_onnx import add_preprocessing, check_preprocessing
 from .run_state import claim
+from .web_page import find_runtime, write_page
 
 __all__ = ['run']
 
 NUM_CALIBRATION = 256  # images
+RAW_TOLERANCE = 0.01  # of a probability; so the first class is the same where it leads by more than 0.02
 Loader = Any  # of batches (B, C, H, W) and targets (B)
 
 
@@ -38,6 +43,7 @@ class Inputs(NamedTuple):
     calibration: Optional[Loader]  # of pictures; None if there are none
     targets: Optional[torch.Tensor]  # (N); None if there are no labels
     what: str  # these are, in words
+    pictures: Sequence[Tuple[torch.Tensor, int]]  # as decoded, (H, W, 3)
 
 
 def thin_out(samples: Sequence[Tuple[str, int]], limit: int = NUM_CALIBRATION) -> List[Tuple[str, int]]:
@@ -61,6 +67,11 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         InputError: Images cannot be read, or none has a class of the model.
     """
 
+    def decoded(samples: Sequence[Tuple[str, int]]) -> Any:
+        pictures = Pictures(samples, **reading_options(model))
+        pictures.transform = Compose([to_pixels])
+        return pictures
+
     def load(samples: Sequence[Tuple[str, int]]) -> Loader:
         return create_loader(
             Pictures(samples, **reading_options(model)), batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
@@ -79,19 +90,22 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         calibration = thin_out(data.train.samples)
         check_images([path for path, _ in [*calibration, *held_out]], args.workers)
         targets = torch.tensor([target for _, target in held_out])
-        return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} images of the validation set')
+        return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} images of the validation set',
+                      decoded(held_out))
     if args.images:
         found = ImageScan()
         paths = found.named(args.images)
         if not paths:
             raise InputError(f'no pictures in {abbreviate(args.images)}{found.of_types(", only")}')
         check_images(paths, args.workers)
-        loader = load([(path, 0) for path in paths])
-        return Inputs(loader, load(thin_out([(path, 0) for path in paths])), None, f'{len(paths):,} images')
+        samples = [(path, 0) for path in paths]
+        return Inputs(load(samples), load(thin_out(samples)), None, f'{len(paths):,} images', decoded(samples))
     generator = torch.Generator().manual_seed(0)
-    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    pixels = torch.randint(256, (8, *data_config['input_size']), generator=generator)
-    return Inputs([((pixels / 255 - mean) / std, torch.zeros(8))], None, None, 'noise')
+    channels, *size = data_config['input_size']
+    noise = torch.randint(256, (8, *size, channels), dtype=torch.uint8, generator=generator)
+    transform = create_transform(**data_config)
+    images = torch.stack([transform(Image.fromarray(pixels.squeeze(2).numpy())) for pixels in noise])
+    return Inputs([(images, torch.zeros(8))], None, None, 'noise', [(pixels, 0) for pixels in noise])
 
 
 @torch.inference_mode()
@@ -101,7 +115,7 @@ def run_all(run: Run, loader: Loader, desc: str) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def latencies(runs: Dict[str, Run], inputs: Dict[str, torch.Tensor], rounds: int = 50) -> Dict[str, float]:
+def latencies(runs: Dict[str, Run], inputs: Dict[str, Any], rounds: int = 50) -> Dict[str, float]:
     """Median milliseconds for one image, taken in turns so that a busy machine hits all alike."""
     times: Dict[str, List[float]] = {name: [] for name in runs}
     for _ in progress(range(rounds), 'latency'):
@@ -120,7 +134,7 @@ def count_changes(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Te
 
 
 def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, max_drop: float,
-                  ) -> None:
+                  raw: bool = False) -> None:
     """Refuse answers that differ from those of PyTorch, or, in int8, lose accuracy.
 
     Quantization changes some predictions by chance, for better or worse. The difference of the two numbers, lost and
@@ -130,7 +144,8 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
     Raises:
         InputError: They are refused.
     """
-    difference, tolerance = (answers - wanted).abs().max().item(), 1e-4 * max(1., wanted.abs().max().item())
+    difference = (answers - wanted).abs().max().item()
+    tolerance = RAW_TOLERANCE if raw else 1e-4 * max(1., wanted.abs().max().item())
     if not name.endswith('int8'):
         if not difference <= tolerance:
             raise InputError(f'differs from PyTorch by {difference:.2g}, more than {tolerance:.2g}')
@@ -177,17 +192,18 @@ def remove_others(folder: Path, about: ExportMetadata) -> List[str]:
 
 
 def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[TrainingData]) -> int:
+    runtime = find_runtime(args.runtime) if args.runtime else None
     model = load_model(args).eval()
     torch.set_num_threads(args.threads)
     data_config = resolve_model_data_config(model, vars(args))
     names = class_names(model, args.class_map)
     inputs = open_inputs(args, model, names, data_config, root, trained)
+    if args.raw:
+        check_preprocessing(data_config)
     architecture = model.pretrained_cfg['architecture']
     about = {**describe(model, data_config, names, args.raw), 'weights_sha256': fingerprint_weights(model)}
 
     plain: Any = reparameterize_model(model).requires_grad_(False)
-    raw = Raw(plain, data_config['mean'], data_config['std'])
-    net, to_input = (raw, raw.unnormalize) if args.raw else (plain, nn.Identity())
     images = torch.cat([images for images, _ in inputs.calibration or inputs.loader])
     images = torch.cat([images, images]) if len(images) == 1 else images  # exporters take two for an open batch
 
@@ -210,14 +226,20 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
             if name.endswith('int8') and not inputs.calibration:
                 raise InputError('must see pictures to find its scales: --images or --data-dir names some')
             with atomic_dir(args.output) as folder:
-                path = folder / (architecture + form.suffix)
+                path = folder / (('model' if name == 'web' else architecture) + form.suffix)
                 with quiet_unless_it_fails():
-                    form.export(net, to_input(images), path, **options)
+                    form.export(plain, images, path, **options)
+                    if args.raw:
+                        add_preprocessing(path, data_config, with_crop=name == 'web')
                     size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
-                    write_metadata({**about, 'input_shape': [form.batch, *about['input_shape'][1:]]}, path)
-                    run = form.load(path, args.threads)
-                answers = run_all(run, ((to_input(x), y) for x, y in inputs.loader), form.title)
-                check_answers(name, answers, wanted, targets, args.max_drop)
+                    if name == 'web':
+                        write_page(folder, runtime)
+                    shape = about['input_shape']
+                    write_metadata({**about, 'input_shape': shape if args.raw else [form.batch, *shape[1:]]}, path)
+                    run = (load_raw if args.raw else form.load)(path, args.threads)
+                answers = run_all(run, (([image], y) for image, y in inputs.pictures) if args.raw else inputs.loader,
+                                  form.title)
+                check_answers(name, answers, wanted, targets, args.max_drop, args.raw)
                 rows[form.title] = [path.name, f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
                 runs[form.title] = run
                 if name.endswith('int8'):
@@ -226,12 +248,14 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
         except Exception as e:  # exporters fail in ways of their own
             failed.append(f'{name}: {reason(e, 300)}')
 
-    image = images[:1]
-    times = latencies(runs, {title: image if title.startswith('PyTorch') else to_input(image) for title in runs})
+    image, (picture, _) = images[:1], inputs.pictures[0]
+    raw_titles = runs.keys() - modules if args.raw else ()
+    times = latencies(runs, {title: [picture] if title in raw_titles else image for title in runs})
     print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
     if len(rows) > 2:
         print(f'files in {args.output}, each with a .json that says how to use it')
-    print(f'latency of one image, {args.threads} thread{"s"[:args.threads > 1]}\n')
+    preprocessing = f', from {picture.shape[1]} × {picture.shape[0]} pixels in the raw files' if args.raw else ''
+    print(f'latency of one image{preprocessing}, {args.threads} thread{"s"[:args.threads > 1]}\n')
     print('| | file | MB | top-1, % | predicted as by PyTorch, % |', 'largest difference of a',
           'probability' if args.raw else 'logit', '| latency, ms | speed, eager = 1 |')
     print('|---' * 8 + '|')
@@ -243,6 +267,8 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
               f'predictions; of {len(targets):,} images: {"; ".join(changes)}')
     if removed:
         print(f'\nremoved from {args.output}, since another export wrote them: {", ".join(removed)}')
+    if 'web' in args.formats and not failed:
+        print(f'\npython -m http.server --directory {quote(args.output)} serves the page on http://localhost:8000')
     for problem in args.left_out + failed:
         print(f'\nleft out: {problem}')
     return 1 if failed else 0

@@ -1,45 +1,36 @@
 """The files that a model can be exported to, by the exporters of the libraries that run them."""
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
-from timm_mobileformer import versions
+from timm_mobileformer import MobileFormer, versions
+from timm_mobileformer.attention import recording
 
 from .console import InputError
 
-__all__ = ['FORMATS', 'Raw', 'Run', 'open_onnx']
+__all__ = ['FORMATS', 'Run', 'load_raw', 'open_onnx']
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+Run = Callable[[Any], torch.Tensor]
 
 
-class Raw(nn.Module):
-    """A model that takes pictures as they are and returns probabilities.
+class WithAttention(nn.Module):
+    """A Mobile-Former that also returns where its first token looks last.
 
-    Args:
-        model: Takes normalized images and returns logits.
-        mean: Of each channel, of values 0 ... 1.
-        std: Of each channel.
+    Images (B, 3, H, W) become logits (B, classes) and the attention on the last bridge (B, H / 32, W / 32), the mean
+    over its heads.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, model: nn.Module, mean: Any, std: Any):
+    def __init__(self, model: MobileFormer):
         super().__init__()
         self.model = model
-        self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, H, W, C) of 0 ... 255 to probabilities (B, classes)."""
-        return self.model((pictures.permute(0, 3, 1, 2) / 255 - self.mean) / self.std).softmax(dim=1)
-
-    def unnormalize(self, images: torch.Tensor) -> torch.Tensor:
-        """The pictures (B, H, W, C) that images (B, C, H, W) were made of."""
-        return (255 * (images * self.std + self.mean)).round().byte().permute(0, 2, 3, 1).contiguous()
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        with recording(self.model) as maps:
+            logits = self.model(images)
+        return logits, maps[-1].mobile_to_former.mean(dim=(1, 2))
 
 
 # Each exporter takes the reparameterized model, at least two inputs and the file to write; each loader takes the file
@@ -55,8 +46,8 @@ def to_onnx(model: nn.Module, images: torch.Tensor, path: Path, opset: Optional[
 
     if versions.is_older(torch.__version__, '2.8'):
         raise InputError(f'ONNX needs torch 2.8 or later, not {torch.__version__}, whose exporter fixes the batch size')
-    output = 'probabilities' if isinstance(model, Raw) else 'logits'
-    torch.onnx.export(to_program(model, images), (), path, input_names=['images'], output_names=[output],
+    outputs = ['logits', 'attention'] if isinstance(model, WithAttention) else ['logits']
+    torch.onnx.export(to_program(model, images), (), path, input_names=['images'], output_names=outputs,
                       dynamo=True, optimize=True, external_data=False, verbose=False, opset_version=opset)
     file = onnx.load(path)
     if opset not in (None, written := next(o.version for o in file.opset_import if not o.domain)):
@@ -147,6 +138,17 @@ def load_onnx(path: Path, threads: int) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
+def load_raw(path: Path, threads: int) -> Run:
+    """Load an ONNX file that takes one image as it is; the result takes a list of them, (H, W, 3) in uint8."""
+    session = open_onnx(path, threads)
+    return lambda images: torch.stack(
+        [torch.from_numpy(session.run(['probabilities'], {'image': image.numpy()})[0]) for image in images])
+
+
+def to_web(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    to_onnx(WithAttention(model) if isinstance(model, MobileFormer) else model, images, path)
+
+
 def to_openvino(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     import openvino
 
@@ -229,6 +231,7 @@ class Format(NamedTuple):
 FORMATS = {
     'onnx': Format('ONNX Runtime', '.onnx', to_onnx, load_onnx),
     'onnx-int8': Format('ONNX Runtime, int8', '.int8.onnx', to_onnx_int8, load_onnx),
+    'web': Format('Web page', '.onnx', to_web, load_raw),
     'openvino': Format('OpenVINO', '.xml', to_openvino, load_openvino),
     'executorch': Format('ExecuTorch, XNNPACK', '.pte', to_executorch, load_executorch, 1),
     'executorch-int8': Format('ExecuTorch, XNNPACK, int8', '.int8.pte', to_executorch_int8, load_executorch, 1),

@@ -5,18 +5,21 @@ has them: `architecture`, `input_size`, `interpolation`, `crop_pct`, `crop_mode`
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
+import numpy as np
+import torch
+from PIL import Image
 from timm.data import create_transform
 
 from .console import InputError, abbreviate
 from .load import reading_options
 
-__all__ = ['ExportMetadata', 'describe', 'make_transform', 'read_metadata', 'write_metadata']
+__all__ = ['ExportMetadata', 'describe', 'is_raw', 'make_transform', 'read_metadata', 'to_pixels', 'write_metadata']
 
 ExportMetadata = Dict[str, Any]
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
-KEYS = (*PREPROCESSING, 'input_name', 'input_dtype', 'output_name', 'label_names')  # that using a file needs
+KEYS = 'input_name', 'input_dtype', 'output_name', 'label_names'  # that using a file needs
 OPTIONAL = {'input_color': 'RGB', 'input_white_level': None}  # files written before these keys have these values
 
 
@@ -27,22 +30,22 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
         model: Of timm.
         data_config: How its images are preprocessed, as timm resolves it.
         label_names: Of its classes, by index.
-        raw: It takes pictures of its size as they are, and returns probabilities.
+        raw: The file takes one image of any size as it is, and returns probabilities.
     """
     channels, height, width = data_config['input_size']
-    reading = reading_options(model)
+    reading, preprocessing = reading_options(model), {key: data_config[key] for key in PREPROCESSING}
     return {
         'architecture': model.pretrained_cfg['architecture'],
-        'input_name': 'images',
-        'input_shape': ['batch', height, width, channels] if raw else ['batch', channels, height, width],
-        'input_layout': 'NHWC' if raw else 'NCHW',
+        'input_name': 'image' if raw else 'images',
+        'input_shape': ['height', 'width', channels] if raw else ['batch', channels, height, width],
+        'input_layout': 'HWC' if raw else 'NCHW',
         'input_color': reading['mode'],
         'input_orientation': 'upright, as EXIF says',
         'input_profile': 'ICC profile converted to sRGB',
         'input_transparency': 'over white',
         'input_white_level': reading['white_level'],  # of 16-bit grayscale; null: see `images.to_8_bits`
         'input_dtype': 'uint8' if raw else 'float32',  # of 0 ... 255, or of 0 ... 1 less mean and over std
-        **{key: data_config[key] for key in PREPROCESSING},
+        **({'included_preprocessing': preprocessing} if raw else preprocessing),
         'output_name': 'probabilities' if raw else 'logits',
         'label_names': label_names,
     }
@@ -67,14 +70,24 @@ def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
         InputError: Nothing, or not enough.
     """
     try:
-        if not (lacking := [key for key in KEYS if key not in metadata]):
-            return {**OPTIONAL, **{key: json.loads(metadata[key]) for key in (*KEYS, *OPTIONAL) if key in metadata}}
+        about = {**OPTIONAL, **{key: json.loads(value) for key, value in metadata.items()}}
+        if not (lacking := [key for key in (KEYS if is_raw(about) else KEYS + PREPROCESSING) if key not in about]):
+            return about
     except ValueError:
         lacking = ['values in JSON']
     raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '
                      f'in its metadata there are no {abbreviate(lacking)}')
 
 
-def make_transform(about: ExportMetadata) -> Any:
-    """What makes a tensor (C, H, W) of a picture, normalized if the model wants it so."""
-    return create_transform(**{key: about[key] for key in PREPROCESSING}, normalize=about['input_dtype'] != 'uint8')
+def is_raw(about: ExportMetadata) -> bool:
+    """Whether a file takes one image as it is, of any size, and returns probabilities."""
+    return about.get('input_dtype') == 'uint8'
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+def make_transform(about: ExportMetadata) -> Callable[[Image.Image], Any]:
+    """Make a transform from an image to a normalized tensor (C, H, W), or to one (H, W, C) in uint8 for a raw file."""
+    return to_pixels if is_raw(about) else create_transform(**{key: about[key] for key in PREPROCESSING})

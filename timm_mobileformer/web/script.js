@@ -1,0 +1,198 @@
+// The model takes an image as it is decoded, so this page decodes images and shows answers.
+const RUNTIME = 'https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/';
+const FILES = {  // of the runtime: size in bytes, hash
+  'ort.wasm.bundle.min.mjs': [73054, 'sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG'],
+  'ort-wasm-simd-threaded.wasm': [14239897, 'sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM'],
+};
+const MAX_PIXELS = 12e6, MAX_RATIO = 1000;
+
+const [stage, picture, attention, hint, controls, camera, error, status, progress, results, toggle, show] =
+  ['stage', 'picture', 'attention', 'hint', 'controls', 'camera', 'error', 'status', 'progress', 'results', 'switch', 'show']
+    .map(id => document.getElementById(id));
+const pixels = picture.getContext('2d', {willReadFrequently: true}), veil = attention.getContext('2d');
+const video = Object.assign(document.createElement('video'), {muted: true, playsInline: true});
+let ort, session, labels, stream = null, running = Promise.resolve();
+
+function complain(reason) {
+  error.textContent = reason.message;
+  error.hidden = false;
+}
+
+// Loading
+
+async function download(url, [size, integrity] = [0, '']) {
+  const canHash = globalThis.crypto?.subtle;  // it is missing without HTTPS, where the browser itself must check
+  let response;
+  try {
+    response = await fetch(url, canHash ? {} : {integrity});
+    if (!response.ok) throw new Error(response.status);
+  } catch (reason) {
+    throw new Error(`${url} could not be loaded (${reason.message}). Check the connection and reload the page.`);
+  }
+  progress.max += size || Number(response.headers.get('content-length'));
+  const reader = response.body.getReader(), chunks = [];
+  for (let part; !(part = await reader.read()).done; progress.value += part.value.length) chunks.push(part.value);
+  const bytes = await new Blob(chunks).arrayBuffer();
+  if (integrity && canHash) {
+    const digest = new Uint8Array(await canHash.digest('SHA-384', bytes));
+    if (integrity !== `sha384-${btoa(String.fromCharCode(...digest))}`)
+      throw new Error(`${url} is not the file that this page was made for; it is not used.`);
+  }
+  return bytes;
+}
+
+async function load() {
+  if (typeof WebAssembly !== 'object')
+    throw new Error('This browser cannot run the model: it has no WebAssembly, or WebAssembly is switched off.');
+  progress.max = 1;
+  const [model, about, [code, wasm]] = await Promise.all([
+    download('model.onnx'), download('model.onnx.json'),
+    Promise.all(Object.entries(FILES).map(([name, check]) => download(RUNTIME + name, check)))]);
+  status.textContent = 'Starting the model …';
+  progress.removeAttribute('value');
+  ort = await import(URL.createObjectURL(new Blob([code], {type: 'text/javascript'})));
+  Object.assign(ort.env.wasm, {wasmBinary: wasm, numThreads: 1});
+  session = await ort.InferenceSession.create(model);
+  const {architecture, label_names} = JSON.parse(new TextDecoder().decode(about));
+  labels = label_names;
+  toggle.hidden = !session.outputNames.includes('attention');
+  progress.hidden = true;
+  controls.disabled = false;
+  status.textContent = `${architecture} is ready: ${labels.length} classes.`;
+}
+
+// Classifying
+
+function read(source, width, height) {
+  const scale = Math.min(1, Math.sqrt(MAX_PIXELS / width / height));
+  picture.width = Math.max(1, Math.floor(width * scale));
+  picture.height = Math.max(1, Math.floor(height * scale));
+  pixels.fillStyle = 'white';  // behind what is transparent
+  pixels.fillRect(0, 0, picture.width, picture.height);
+  pixels.imageSmoothingQuality = 'high';
+  pixels.drawImage(source, 0, 0, picture.width, picture.height);
+  const rgba = pixels.getImageData(0, 0, picture.width, picture.height).data;
+  const rgb = new Uint8Array(rgba.length / 4 * 3);
+  for (let i = 0, j = 0; i < rgba.length; i += 4) {
+    rgb[j++] = rgba[i];
+    rgb[j++] = rgba[i + 1];
+    rgb[j++] = rgba[i + 2];
+  }
+  return new ort.Tensor('uint8', rgb, [picture.height, picture.width, 3]);
+}
+
+function drawAttention(map, crop) {
+  const [rows, columns] = map.dims.slice(-2), peak = Math.max(...map.data), heat = new ImageData(columns, rows);
+  map.data.forEach((value, i) => heat.data.set([255, 110, 0, 140 * value / peak], 4 * i));
+  const small = Object.assign(document.createElement('canvas'), {width: columns, height: rows});
+  small.getContext('2d').putImageData(heat, 0, 0);
+  const scale = 800 / Math.max(picture.width, picture.height);
+  attention.width = Math.max(1, Math.round(picture.width * scale));
+  attention.height = Math.max(1, Math.round(picture.height * scale));
+  const [top, left, bottom, right] = crop.data.map((value, i) => value * (i % 2 ? attention.width : attention.height));
+  veil.fillStyle = 'rgb(0 0 0 / 45%)';  // over what the model does not see
+  veil.fillRect(0, 0, attention.width, attention.height);
+  veil.clearRect(left, top, right - left, bottom - top);
+  veil.drawImage(small, left, top, right - left, bottom - top);
+}
+
+async function classify(source, width, height, name) {
+  const image = read(source, width, height), start = performance.now();
+  const answer = await session.run({image});
+  const time = performance.now() - start;
+  const best = [...answer.probabilities.data.entries()].sort((a, b) => b[1] - a[1]).slice(0, 5);
+  results.replaceChildren(...best.map(([index, probability]) => {
+    const item = document.createElement('li'), bar = document.createElement('div');
+    const percent = `${(100 * probability).toFixed(1)} %`;
+    item.append(Object.assign(document.createElement('span'), {textContent: labels[index]}), ' ', percent, bar);
+    item.dataset.probability = probability;
+    bar.append(document.createElement('div'));
+    bar.firstChild.style.width = percent.replace(' ', '');
+    return item;
+  }));
+  if (answer.attention) drawAttention(answer.attention, answer.crop);
+  hint.hidden = true;
+  picture.setAttribute('aria-label', name);
+  status.textContent = stream ? `${time.toFixed(0)} ms an image` : `${labels[best[0][0]]}, in ${time.toFixed(0)} ms`;
+}
+
+function inTurn(...image) {  // a session runs one image at a time
+  return running = running.catch(() => {}).then(() => classify(...image));
+}
+
+// Where images come from
+
+async function openFile(file) {
+  if (!session) return;
+  stopCamera();
+  error.hidden = true;
+  if (!file) throw new Error('That was not a picture. Drop or paste an image file.');
+  const image = new Image();
+  image.src = URL.createObjectURL(file);
+  try {
+    await image.decode();
+  } catch {
+    throw new Error(`${file.name} is not a picture that this browser can read.`);
+  } finally {
+    URL.revokeObjectURL(image.src);
+  }
+  const {naturalWidth: width, naturalHeight: height} = image;  // upright, as EXIF says
+  if (Math.max(width, height) > MAX_RATIO * Math.min(width, height))
+    throw new Error(`${file.name} has ${width} × ${height} pixels: it is too narrow to be resized.`);
+  await inTurn(image, width, height, file.name);
+}
+
+function stopCamera() {
+  stream?.getTracks().forEach(track => track.stop());
+  stream = null;
+  camera.setAttribute('aria-pressed', 'false');
+  status.setAttribute('aria-live', 'polite');
+}
+
+async function startCamera() {
+  error.hidden = true;
+  if (!navigator.mediaDevices)
+    throw new Error('Browsers give the camera only to pages from https:// or localhost. A photo can be chosen as a file.');
+  try {
+    stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
+  } catch (reason) {
+    throw new Error({
+      NotAllowedError: 'The camera may not be used. Allow it for this page in the settings of the browser.',
+      NotFoundError: 'There is no camera on this device.',
+    }[reason.name] ?? `The camera cannot be used (${reason.message}).`);
+  }
+  const own = stream;
+  own.getTracks()[0].onended = stopCamera;
+  camera.setAttribute('aria-pressed', 'true');
+  status.setAttribute('aria-live', 'off');  // a screen reader would never end
+  video.srcObject = own;
+  await video.play();
+  while (stream === own) {
+    await inTurn(video, video.videoWidth, video.videoHeight, 'Camera');
+    await new Promise(requestAnimationFrame);
+  }
+}
+
+for (const input of document.querySelectorAll('input[type=file]'))
+  input.onchange = () => {
+    if (input.files.length) openFile(input.files[0]).catch(complain);
+    input.value = '';  // so that the same file can be chosen again
+  };
+camera.onclick = () => stream ? stopCamera() : startCamera().catch(complain);
+show.onchange = () => attention.hidden = !show.checked;
+document.onpaste = event => openFile(event.clipboardData.files[0]).catch(complain);
+document.ondragover = event => {
+  event.preventDefault();
+  document.body.classList.add('dragging');
+};
+document.ondragleave = () => document.body.classList.remove('dragging');
+document.ondrop = event => {
+  event.preventDefault();
+  document.ondragleave();
+  openFile(event.dataTransfer.files[0]).catch(complain);
+};
+load().catch(reason => {
+  progress.hidden = true;
+  status.textContent = 'The model could not be started.';
+  complain(reason);
+});
