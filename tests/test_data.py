@@ -1,4 +1,5 @@
 """Folders and tables are read as people have them."""
+import csv
 import os
 import random
 import re
@@ -10,10 +11,12 @@ import pytest
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from timm_mobileformer.cli.console import InputError
+from timm_mobileformer.cli import main
+from timm_mobileformer.cli.console import InputError, progress
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.duplicates import identical_files
 from timm_mobileformer.cli.folders import natural_order
+from timm_mobileformer.cli.images import check_images, read_image
 
 
 def draw(root, *names):
@@ -262,3 +265,70 @@ def test_only_files_of_one_size_are_compared(tmp_path, monkeypatch):
 def test_classes_may_be_called_like_splits(tmp_path):
     draw(tmp_path, 'valid/1.png', 'valid/2.png', 'invalid/3.png', 'invalid/4.png', 'train/5.png', 'train/6.png')
     assert open_data(tmp_path).classes == ['invalid', 'train', 'valid']
+
+
+# Images that cannot be used
+
+def spoiled(root):
+    """A folder of 24 images, of which 7 cannot be read, and what is wrong with them."""
+    draw(root, *(f'{label}/{i}.png' for label in 'ab' for i in range(12)))
+    for i in range(7):
+        (root / f'a/{i}.png').write_bytes(b'')
+    return [str(root / f'a/{i}.png') for i in range(7)]
+
+
+def test_all_images_that_cannot_be_used_are_listed_in_a_file(tmp_path, capsys):
+    bad = spoiled(tmp_path / 'images')
+    settings = ['finetune', '--data-dir', tmp_path / 'images', '--model', 'test_mobileformer', '--img-size', 32,
+                '--epochs', 1, '--workers', 0, '--output', tmp_path / 'out']
+    assert main([*map(str, settings)])
+    listing = tmp_path / 'out/bad_images.csv'
+    assert f'{listing} names all of them, and --skip-bad-images leaves them out' in capsys.readouterr().err
+    with listing.open(newline='') as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ['path', 'problem'] and sorted(path for path, _ in rows[1:]) == bad
+    assert all(problem for _, problem in rows)
+
+    assert not main([*map(str, settings), '--skip-bad-images'])
+    out = capsys.readouterr().out
+    assert '7 images cannot be used, and are left out: ' in out and 'bad_images.csv' in out.splitlines()[-2]
+    assert sum(map(int, re.search('([0-9]+) images to train on, ([0-9]+) ', out).groups())) == 17
+
+
+def test_without_one_good_image_of_a_class_nothing_is_trained(tmp_path):
+    draw(tmp_path, *(f'{label}/{i}.png' for label in 'ab' for i in range(4)))
+    data = open_data(tmp_path)
+    with pytest.raises(InputError, match='no image of a to train on can be used'):
+        data.leave_out({path: 'broken' for path, target in data.train.samples if target == 0})
+    with pytest.raises(InputError, match='no image to validate on can be used'):
+        open_data(tmp_path).leave_out({path: 'broken' for path, _ in data.held_out.samples})
+
+
+@pytest.mark.parametrize('progressive', [False, True])
+def test_a_jpeg_that_lacks_its_last_bytes_is_used_if_no_pixel_is_missing(tmp_path, progressive):
+    noise = Image.frombytes('RGB', (64, 48), random.Random(0).randbytes(64 * 48 * 3))
+    noise.save(tmp_path / 'whole.jpg', progressive=progressive)
+    data = (tmp_path / 'whole.jpg').read_bytes()
+    for cut in 1, 2, 20, 2000:
+        (tmp_path / f'{cut}.jpg').write_bytes(data[:-cut])
+    (tmp_path / 'more.jpg').write_bytes(data + b'trailer')
+    paths = [str(tmp_path / f'{name}.jpg') for name in ('whole', 1, 2, 20, 2000, 'more')]
+    checked = check_images(paths, 2, skip_bad=True)
+    assert list(checked.bad) == paths[3:5] and checked.truncated == paths[1:3]
+    assert f'no pixel is missing: {paths[1]}, {paths[2]}' in checked.remarks()[0]
+    for path in paths[:3] + paths[5:]:
+        assert read_image(path).tobytes() == read_image(paths[0]).tobytes()
+    for path in paths[3:5]:
+        with pytest.raises(OSError, match='(?i)truncated'):
+            read_image(path)
+
+
+def test_without_a_terminal_long_work_prints_a_line_now_and_then(monkeypatch, capsys):
+    seconds = iter(range(0, 1000, 7))
+    monkeypatch.setattr('timm_mobileformer.cli.console.time.monotonic', lambda: next(seconds))
+    with progress(total=20, desc='checking images', mininterval=0) as bar:
+        for _ in range(20):
+            bar.update()
+            bar.refresh()
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 < len(lines) < 12 and all(re.match(r'checking images: +[0-9]+%.* [0-9]+/20 \[', line) for line in lines)

@@ -230,7 +230,7 @@ def grays(folder, **maxima):
 ])
 def test_all_grays_of_a_data_set_are_scaled_by_the_fewest_bits_that_hold_them(tmp_path, maxima, level):
     paths = grays(tmp_path, **maxima)
-    assert check_images(paths, 2) == level
+    assert check_images(paths, 2).white_level == level
     for path, maximum in zip(paths, maxima.values(), strict=True):
         assert np.asarray(read_image(path, white_level=level)).max() == round(maximum / level * 255)
 
@@ -243,7 +243,7 @@ def test_one_gray_more_changes_a_picture_little_once_the_scale_is_known(tmp_path
 def test_pictures_of_8_bits_have_no_scale(tmp_path):
     Image.fromarray(GRAY).save(tmp_path / 'a.png')
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / 'b.tif')
-    assert check_images([str(tmp_path / 'a.png'), str(tmp_path / 'b.tif')], 1) is None
+    assert check_images([str(tmp_path / 'a.png'), str(tmp_path / 'b.tif')], 1).white_level is None
 
 
 # Crops to train on
@@ -342,7 +342,7 @@ def test_a_heic_is_a_picture_like_any_other(tmp_path):
         stored.save(tmp_path / name, 'HEIF', quality=95 - 10 * i)
     data = open_data(tmp_path)
     assert len(data.train) == len(data.held_out) == 2
-    assert check_images([path for path, _ in data.train.samples], 1) is None
+    assert check_images([path for path, _ in data.train.samples], 1).white_level is None
     image = read_image(tmp_path / 'a/1.heic')
     assert image.size == (96, 64)
     assert np.abs(np.asarray(image, float) - np.asarray(upright, float)).mean() < 5

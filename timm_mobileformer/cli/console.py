@@ -1,9 +1,11 @@
 """Console output: progress bars, errors, formatting."""
+import io
 import os
 import re
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +15,8 @@ from tqdm import tqdm
 
 __all__ = ['InputError', 'abbreviate', 'close_bars', 'missing', 'printable', 'progress', 'quiet_unless_it_fails',
            'quote', 'reason']
+
+SECONDS = 30  # between lines of progress where there is no terminal
 
 
 class InputError(Exception):
@@ -54,11 +58,26 @@ def missing(extra: str, *modules: str) -> str:
     return f"needs {', '.join(absent)}: pip install 'timm_mobileformer[{extra}]'" if absent else ''
 
 
+class ProgressLines(io.TextIOBase):
+    """A file for tqdm where there is no terminal: passes a line to standard error every `SECONDS`."""
+
+    def __init__(self) -> None:
+        self.next = time.monotonic() + SECONDS
+
+    def write(self, text: str) -> int:
+        line = text.strip()  # of the codes that move a terminal's cursor
+        if line and time.monotonic() >= self.next:
+            print(line, file=sys.stderr, flush=True)
+            self.next = time.monotonic() + SECONDS
+        return len(text)
+
+
 class progress(tqdm):
-    """A tqdm progress bar that is hidden without a terminal and removed when done."""
+    """A tqdm progress bar that is removed when done; without a terminal, a line every half minute."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{'leave': False, 'disable': None, **kwargs})
+        file = None if sys.stderr.isatty() else ProgressLines()
+        super().__init__(*args, **{'leave': False, 'file': file, **kwargs})
 
 
 @contextmanager

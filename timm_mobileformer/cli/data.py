@@ -14,8 +14,9 @@ from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural
 from .images import Pictures
 from .tables import read_labels
 
-__all__ = ['Data', 'ImageScan', 'find_labels', 'open_data']
+__all__ = ['BAD_IMAGES', 'Data', 'ImageScan', 'find_labels', 'open_data']
 
+BAD_IMAGES = 'bad_images.csv'  # file with the images that cannot be used
 TABLES = 'metadata.csv', 'metadata.jsonl', '_classes.csv'  # found beside images without being named
 
 
@@ -96,6 +97,30 @@ class Data:
     remarks: List[str]
     test: Optional[Pictures] = None  # where a folder of that name lies beside those of train and val
     validates_on_test: bool = False  # the folder test is all there is to validate on
+
+    @property
+    def sets(self) -> List[Pictures]:
+        return [self.train, self.held_out, *([self.test] if self.test else [])]
+
+    def paths(self) -> List[str]:
+        return [path for images in self.sets for path, _ in images.samples]
+
+    def leave_out(self, bad: Dict[str, str]) -> List[str]:
+        """Leave out images that cannot be used, given why; returns a remark if there are some.
+
+        Raises:
+            InputError: Nothing to train on remains of a class, or nothing to validate on.
+        """
+        if not bad:
+            return []
+        for images in self.sets:
+            images.samples = [sample for sample in images.samples if sample[0] not in bad]
+        lost = set(range(len(self.classes))) - {target for _, target in self.train.samples}
+        if lost or not self.held_out:
+            what = f'of {abbreviate(self.classes[i] for i in sorted(lost))} to train on' if lost else 'to validate on'
+            raise InputError(f'no image {what} can be used')
+        return [f'{len(bad):,} images cannot be used, and are left out: '
+                + abbreviate(f'{path} ({problem})' for path, problem in bad.items())]
 
 
 def find_table(folder: Path) -> Optional[Path]:

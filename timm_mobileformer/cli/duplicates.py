@@ -17,7 +17,7 @@ def size(path: str) -> Optional[int]:
         status = os.stat(path)
     except OSError:  # named when images are checked
         return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    return status.st_size or None if stat.S_ISREG(status.st_mode) else None  # empty files are no images
 
 
 def digest(path: str, length: Optional[int] = None) -> Optional[bytes]:

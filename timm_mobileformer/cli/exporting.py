@@ -17,7 +17,7 @@ from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms import Compose
 
 from .console import InputError, abbreviate, progress, quiet_unless_it_fails, quote, reason
-from .data import ImageScan, open_data
+from .data import BAD_IMAGES, ImageScan, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
 from .formats import FORMATS, Run, load_raw
@@ -88,7 +88,10 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         held_out = [(path, index[name]) for path, target in data.held_out.samples
                     if (name := data.classes[target]) in index]
         calibration = thin_out(data.train.samples)
-        check_images([path for path, _ in [*calibration, *held_out]], args.workers)
+        bad = check_images([path for path, _ in [*calibration, *held_out]], args.workers, args.output / BAD_IMAGES,
+                           bool(args.skip_bad_images)).bad
+        held_out, calibration = ([sample for sample in samples if sample[0] not in bad]
+                                 for samples in (held_out, calibration))
         targets = torch.tensor([target for _, target in held_out])
         return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} images of the validation set',
                       decoded(held_out))

@@ -1,4 +1,5 @@
 """Reading images: decoding, orientation, colour profiles, transparency, grayscale of more than 8 bits."""
+import csv
 import importlib
 import importlib.util
 import io
@@ -6,10 +7,11 @@ import math
 import os
 import random
 import warnings
+from contextlib import suppress
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ __all__ = ['PLUGINS', 'SUFFIXES', 'Pictures', 'check_images', 'decode', 'read_cr
            'try_to_read']
 
 T = TypeVar('T')
+TRUNCATED = 'lacks its last bytes'  # key of `Image.info`
 warnings.filterwarnings('ignore', module='PIL')  # about metadata, and sizes that are read all the same
 
 Image.init()
@@ -110,6 +113,37 @@ def decode(image: Image.Image, mode: str = 'RGB', white_level: Optional[int] = N
     return image.convert(mode)
 
 
+def complete_jpeg(path: Union[str, Path]) -> Optional[Image.Image]:
+    """Open a JPEG that lacks its last bytes, if all of its pixels can be read.
+
+    They can if they do not depend on what would come next: they are the same whether zeros or other bytes follow.
+    """
+    data = Path(path).read_bytes().rstrip(b'\xff')
+    if not data.startswith(b'\xff\xd8'):
+        return None
+    first, second, image = (  # read when they are used
+        Image.open(io.BytesIO(data + following + b'\xff\xd9'), formats=['JPEG'])
+        for following in (64 * b'\0', 64 * b'\xaa', b''))
+    image.info[TRUNCATED] = True
+    return image if np.array_equal(np.asarray(first), np.asarray(second)) else None
+
+
+def use_image(path: Union[str, Path], use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of the image in a file.
+
+    Raises:
+        Exception: The file cannot be read; Pillow's decoders raise many kinds.
+    """
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    except OSError as e:
+        with suppress(OSError):
+            if completed := complete_jpeg(path):
+                return use(completed)
+        raise e
+
+
 def read_image(path: Union[str, Path], mode: str = 'RGB', white_level: Optional[int] = None) -> Image.Image:
     """Read an image as a viewer shows it: upright, in sRGB, over white where transparent, of several the first.
 
@@ -121,8 +155,7 @@ def read_image(path: Union[str, Path], mode: str = 'RGB', white_level: Optional[
     Raises:
         Exception: The file cannot be read; Pillow's decoders raise many kinds.
     """
-    with Image.open(path) as image:
-        return decode(image, mode, white_level)
+    return use_image(path, lambda image: decode(image, mode, white_level))
 
 
 def read_crop(
@@ -138,7 +171,8 @@ def read_crop(
     numbers.
     """
     height, width = crop.size
-    with Image.open(path) as file:
+
+    def read(file: Image.Image) -> Image.Image:
         is_jpeg = isinstance(file, JpegImageFile)  # whose size comes from the header, decoded and turned it is later
         image = file if is_jpeg else decode(file, mode, white_level)
         orientation = file.getexif().get(ExifTags.Base.Orientation) if is_jpeg else 1
@@ -154,9 +188,11 @@ def read_crop(
             padding = np.array(image.size) - np.array(size) / divisor  # at the right and bottom edges of the file,
             turned = [orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)]  # which may be at the left and the top
             box = box / divisor + np.tile(padding * turned, 2)
-    x, y = math.floor(box[0]), math.floor(box[1])
-    image = image.crop((x, y, math.ceil(box[2]), math.ceil(box[3])))
-    return image.resize((width, height), Image.Resampling[resample.name], tuple(box - (x, y, x, y)))
+        x, y = math.floor(box[0]), math.floor(box[1])
+        image = image.crop((x, y, math.ceil(box[2]), math.ceil(box[3])))
+        return image.resize((width, height), Image.Resampling[resample.name], tuple(box - (x, y, x, y)))
+
+    return use_image(path, read)
 
 
 class Pictures(Dataset):
@@ -192,31 +228,54 @@ def try_to_read(path: str, read: Callable[[Image.Image], T]) -> Union[T, str]:
     try:
         if not os.path.isfile(path) and os.path.exists(path):
             return 'not a file'  # waiting for a pipe would take forever
-        with Image.open(path) as image:
+
+        def read_if_square_enough(image: Image.Image) -> Union[T, str]:
             if max(image.size) > 1000 * min(image.size):
                 return f'{image.width} × {image.height} pixels'  # to a square, it would fill the memory
             return read(image)
+
+        return use_image(path, read_if_square_enough)
     except Exception as e:  # Pillow's decoders raise many kinds
         return getattr(e, 'strerror', None) or str(e).replace(repr(path), '').strip() or type(e).__name__
 
 
-def check(image: Image.Image) -> int:
+def check(image: Image.Image) -> Tuple[int, bool]:
     """Decode an image to its last byte, a JPEG at an eighth of its size.
 
     Returns:
-        The greatest value of 16-bit grayscale, 0 for other images.
+        The greatest value of 16-bit grayscale, 0 for other images; and whether the file lacks its last bytes.
     """
     image.draft('RGB', (1, 1))
     values = np.asarray(image) if image.mode[0] == 'I' else np.zeros(1)
+    is_truncated = TRUNCATED in image.info
     decode(image)
-    return int(values.max()) if is_16_bit(values) else 0
+    return int(values.max()) if is_16_bit(values) else 0, is_truncated
 
 
-def check_images(paths: Sequence[str], workers: int) -> Optional[int]:
+class Checked(NamedTuple):
+    """What reading images once has shown."""
+    white_level: Optional[int]  # of all 16-bit grayscale images together, None if there are none; see `to_8_bits`
+    bad: Dict[str, str]  # paths of images that cannot be used, and why
+    truncated: List[str]  # paths of JPEGs that lack their last bytes, but no pixel
+
+    def remarks(self) -> List[str]:
+        return [f'used, although their files lack the last bytes, since no pixel is missing: '
+                f'{abbreviate(self.truncated)}'] if self.truncated else []
+
+
+def check_images(
+        paths: Sequence[str],
+        workers: int,
+        listing: Optional[Path] = None,
+        skip_bad: bool = False,
+) -> Checked:
     """Read all images once.
 
-    Returns:
-        The `white_level` of all 16-bit grayscale images together, None if there are none; see `to_8_bits`.
+    Args:
+        paths: Of the images.
+        workers: Threads that read.
+        listing: CSV to write if some images cannot be used, with all of their paths and what is wrong.
+        skip_bad: Do not raise an error then.
 
     Raises:
         InputError: Some cannot be read, or are too thin; names them.
@@ -224,8 +283,16 @@ def check_images(paths: Sequence[str], workers: int) -> Optional[int]:
     with ThreadPool(max(workers, 1)) as pool:
         read = partial(try_to_read, read=check)
         results = list(progress(pool.imap(read, paths, chunksize=16), 'checking images', len(paths)))
-    bad = [f'{path} ({result})' for path, result in zip(paths, results, strict=True) if isinstance(result, str)]
-    if bad:
-        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: {abbreviate(bad)}')
-    maximum = max((result for result in results if isinstance(result, int)), default=0)
-    return fewest_bits(maximum) if maximum else None
+    bad = {path: result for path, result in zip(paths, results, strict=True) if isinstance(result, str)}
+    where = ''
+    if bad and listing:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        with listing.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            csv.writer(file).writerows([('path', 'problem'), *bad.items()])
+        where = f'; {listing} names all of them, and --skip-bad-images leaves them out'
+    if bad and not skip_bad:
+        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: '
+                         + abbreviate(f'{path} ({problem})' for path, problem in bad.items()) + where)
+    good = [(path, *result) for path, result in zip(paths, results, strict=True) if not isinstance(result, str)]
+    maximum = max((value for _, value, _ in good), default=0)
+    return Checked(fewest_bits(maximum) if maximum else None, bad, [path for path, _, cut in good if cut])

@@ -19,6 +19,7 @@ class TrainingData(NamedTuple):
     data_dir: Optional[Path]
     arguments: Dict[str, Any]  # of `open_data`
     images: str  # their fingerprint
+    skip_bad_images: Optional[bool] = None  # whether those that cannot be read were left out
 
     @property
     def paths(self) -> List[Path]:
@@ -32,7 +33,8 @@ class TrainingData(NamedTuple):
 
     def choose(self, args: argparse.Namespace) -> None:
         """Set the options of the data that were not given to those of the training."""
-        vars(args).update({key: value for key, value in self.arguments.items() if getattr(args, key, None) is None})
+        options = {**self.arguments, 'skip_bad_images': self.skip_bad_images}
+        vars(args).update({key: value for key, value in options.items() if getattr(args, key, None) is None})
 
     def open(self, root: Path) -> Optional[Data]:
         """The training, validation and test set in a folder, if it holds the images that the model was trained on."""
@@ -51,7 +53,7 @@ def training_data(model: str) -> Optional[TrainingData]:
         return None
     trained = state['args']
     arguments = {key: trained[key] for key in DATA_OPTIONS if trained.get(key) is not None}
-    return TrainingData(trained['data_dir'], arguments, state['pictures'])
+    return TrainingData(trained['data_dir'], arguments, state['pictures'], trained.get('skip_bad_images'))
 
 
 def match_classes(labels: Iterable[str], known: Sequence[str], model: str) -> Tuple[Dict[str, int], List[str]]:

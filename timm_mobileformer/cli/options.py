@@ -96,6 +96,8 @@ def folder_options(group: Any, what: str) -> None:
                             'usual name, or the only one)')
     group.add_argument('--skip-unlabeled', action='store_true', default=None,
                        help='leave out rows of the table that have no label')
+    group.add_argument('--skip-bad-images', action='store_true', default=None,
+                       help='leave out images that cannot be read')
     group.add_argument('--label-pattern', metavar='REGEX', type=pattern,
                        help='regular expression whose first group is the label in the path of an image, such as '
                             "'([^/]+)_[0-9]+'; a group named `split` may match train, val or test")

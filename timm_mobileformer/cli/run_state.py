@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from timm.utils import update_summary
 
 from .console import InputError, quote, reason
-from .data import Data
+from .data import BAD_IMAGES, Data
 from .files import atomic_dir
 from .folders import relative
 from .report import History, best_epoch
@@ -55,12 +55,12 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def check_is_free(folder: Path) -> None:
-    """Refuse a folder that holds anything but hidden files, which a run killed before its first epoch leaves.
+    """Refuse a folder that holds more than a run leaves that ended before its first epoch.
 
     Raises:
         InputError: It does.
     """
-    if any(not path.name.startswith('.') for path in folder.iterdir()):
+    if any(not path.name.startswith('.') and path.name != BAD_IMAGES for path in folder.iterdir()):
         raise InputError(f'{folder} is not empty; name a new folder with --output, remove it, or continue the run in '
                          f'it with --resume {quote(folder)}')
 

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import update_bn
 
 from .batches import make_loaders, set_batches
 from .console import InputError, progress, quote
-from .data import Data, open_data
+from .data import BAD_IMAGES, Data, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
 from .heap import keep_heap
@@ -190,15 +190,15 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - args.workers))
     random_seed(args.seed)
     model = make_model(args, data.classes, state).to(device)
+    checked = check_images(data.paths(), args.workers, args.output / BAD_IMAGES, bool(args.skip_bad_images))
+    for remark in data.leave_out(checked.bad) + checked.remarks():
+        print(remark)
+    args.white_level = checked.white_level
+    set_white_level(model, args.white_level)
     batches = set_batches(args, len(data.train))
     loaders = make_loaders(args, data, model, device)
-    args.white_level = check_images(
-        [path for side in (data.train, data.held_out) for path, _ in side.samples], args.workers)
-    set_white_level(model, args.white_level)
-    data.train.reading = data.held_out.reading = reading_options(model)
-    if data.test:
-        check_images([path for path, _ in data.test.samples], args.workers)
-        data.test.reading = reading_options(model)
+    for images in data.sets:
+        images.reading = reading_options(model)
     history: History = state['history'] if state else []
     announce(args, model, data, batches, device, len(history))
 
