@@ -19,7 +19,8 @@ SPLITS = {  # the usual names, in any case
 }
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 NO_DATA = ('__MACOSX', '@eaDir')  # copies and thumbnails that macOS and Synology write beside the images
-SPLIT_WORD = re.compile(rf'(?<![a-z])({"|".join(SPLIT_OF)})(?![a-z])')  # in train2017, seg_train, test_set
+SPLIT_WORD = re.compile(  # in train2017, seg_train, test_set, images_part_1
+    rf'(?<![a-z])({"|".join(SPLIT_OF)}|part|fold|batch|shard)(?![a-z])')
 FIRST_FOLDER = '^([^/]+)/'  # as a pattern for labels
 
 Labelled = List[Tuple[str, str]]  # path and class of every image
@@ -122,8 +123,8 @@ class ImageScan:
             self.empty += [] if images or str(inner) in self.loops else [str(inner)]
         if not labelled:
             raise InputError(f'{folder} has no folders with images{self.of_types(", only")}{self._way_on(folder)}')
-        check_names(folder, [label for _, label in labelled], folders)
         check_levels(folder, labelled)
+        check_names(folder, [label for _, label in labelled], folders)
         return labelled
 
     def _way_on(self, folder: Path) -> str:
@@ -186,9 +187,9 @@ def check_names(folder: Path, labels: Sequence[str], folders: Sequence[Path]) ->
     """
     names = list(dict.fromkeys(labels))
     if len(names) > 1 and all(SPLIT_WORD.search(name.lower()) for name in names):
-        raise InputError(f'{folder} has {abbreviate(names)}, which look like splits, but no folder train with a folder '
-                         f'for every class; name the classes in a table with --labels, or, if these are the classes, '
-                         f'say so with --label-pattern {quote(FIRST_FOLDER)}')
+        raise InputError(f'{folder} has {abbreviate(names)}, which look like splits or parts, but no folder train with '
+                         'a folder for every class; name the classes in a table with --labels, or, if these are the '
+                         f'classes, say so with --label-pattern {quote(FIRST_FOLDER)}')
     boxes = next((f for f in folders if f.name.lower() == 'labels'), None)
     if boxes and [name.lower() for name in names] == ['images']:
         raise InputError(f'{folder} has images and {boxes.name} beside each other, as data sets for the detection of '
