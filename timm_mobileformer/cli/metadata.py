@@ -71,7 +71,7 @@ def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
     """
     try:
         about = {**OPTIONAL, **{key: json.loads(value) for key, value in metadata.items()}}
-        if not (lacking := [key for key in (KEYS if is_raw(about) else KEYS + PREPROCESSING) if key not in about]):
+        if not (lacking := [key for key in (KEYS if is_raw(about) else PREPROCESSING + KEYS) if key not in about]):
             return about
     except ValueError:
         lacking = ['values in JSON']
