@@ -41,7 +41,7 @@ class Result(NamedTuple):
 
 def environment(hub: Hub, home: Path, **more: str) -> Dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TIMM_'))}
-    env['HTTPS_PROXY'] = 'http://127.0.0.1:9'  # nobody asks the real Google Drive
+    env.setdefault('HTTPS_PROXY', 'http://127.0.0.1:9')  # nobody asks the real Google Drive
     return {
         **env, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'OMP_NUM_THREADS': '1',
         'PYTHONPATH': os.pathsep.join([str(ROOT), env.get('PYTHONPATH', '')]), **more,
