@@ -30,29 +30,29 @@ def draw(root, *names):
 def found(data):
     """Names and classes on both sides."""
     return [sorted((os.path.basename(path), data.classes[i]) for path, i in side.samples)
-            for side in (data.train, data.held_out)]
+            for side in (data.train, data.val)]
 
 
-@pytest.mark.parametrize('train, held_out', [
+@pytest.mark.parametrize('train, val', [
     ('train', 'val'), ('Train', 'VAL'), ('training', 'validation'), ('TRAIN', 'valid'), ('train', 'Eval'),
     ('train', 'test'),
 ])
-def test_splits_are_found_by_their_usual_names_in_any_case(tmp_path, train, held_out):
-    draw(tmp_path, f'{train}/a/1.png', f'{train}/b/2.jpg', f'{held_out}/a/3.png', f'{held_out}/b/4.png')
+def test_splits_are_found_by_their_usual_names_in_any_case(tmp_path, train, val):
+    draw(tmp_path, f'{train}/a/1.png', f'{train}/b/2.jpg', f'{val}/a/3.png', f'{val}/b/4.png')
     data = open_data(tmp_path)
     assert found(data) == [[('1.png', 'a'), ('2.jpg', 'b')], [('3.png', 'a'), ('4.png', 'b')]]
     assert not data.remarks
 
 
 @pytest.mark.parametrize('prefix', ['', 'train/'])
-def test_without_a_held_out_folder_a_fifth_of_every_class_is_held_out(tmp_path, prefix):
+def test_without_a_validation_folder_a_fifth_of_every_class_is_held_out(tmp_path, prefix):
     counts = dict(a=10, b=25, c=2)
     draw(tmp_path / 'here', *(f'{prefix}{name}/{i}.png' for name, n in counts.items() for i in range(n)))
     data = open_data(tmp_path / 'here')
-    counts = [[sum(i == k for _, i in side.samples) for k in range(3)] for side in (data.train, data.held_out)]
+    counts = [[sum(i == k for _, i in side.samples) for k in range(3)] for side in (data.train, data.val)]
     assert counts == [[8, 20, 1], [2, 5, 1]] and data.remarks == [
-        'held out: 21.6 % of the images, at least one of every class of two or more']
-    counts = [sum(i == k for _, i in open_data(tmp_path / 'here', val_split=0.4).held_out.samples) for k in range(3)]
+        'validation set: 21.6 % of the images, at least one of every class of two or more']
+    counts = [sum(i == k for _, i in open_data(tmp_path / 'here', val_split=0.4).val.samples) for k in range(3)]
     assert counts == [4, 10, 1]
 
     (tmp_path / 'here').rename(tmp_path / 'there')
@@ -74,8 +74,8 @@ def beside(root, name):
 @pytest.mark.parametrize('add, remark', [
     (lambda root: draw(root, 'train/a/.hidden.png', 'train/.git/5.png', '.cache/a/6.png'), None),
     (lambda root: draw(root, 'train/a/deep/er/5.png'), None),
-    (lambda root: draw(root, 'train/c/5.png'), 'not among the held-out images: c'),
-    (lambda root: draw(root, 'val/c/5.png'), 'only among the held-out images, and left out: c'),
+    (lambda root: draw(root, 'train/c/5.png'), 'not in the validation set: c'),
+    (lambda root: draw(root, 'val/c/5.png'), 'only in the validation set, and left out: c'),
     (lambda root: [beside(root, f'train/{name}') for name in ('a/5.doc', 'b/6.DOC', 'a/x.txt', 'a/README')],
      'passed over: 2 .doc, 1 without a type, 1 .txt'),
     (lambda root: draw(root, 'val/5.png'), 'outside of class folders, and passed over: {root}/val/5.png'),
@@ -106,7 +106,7 @@ def test_a_test_set_beside_the_others_is_apart_from_them_and_alone_it_is_what_is
     assert not data.validates_on_test and not data.remarks
     (tmp_path / 'val').rename(tmp_path / '.val')
     data = open_data(tmp_path)
-    assert data.validates_on_test and data.test is None and len(data.held_out) == 2
+    assert data.validates_on_test and data.test is None and len(data.val) == 2
 
 
 @pytest.mark.parametrize('names, wanted', [
@@ -194,9 +194,9 @@ def test_classes_have_one_order_whatever_the_names(tmp_path):
 def test_a_pattern_takes_labels_from_paths(tmp_path, names, pattern, train, val):
     data = open_data(draw(tmp_path, *names), label_pattern=pattern)
     if val is None:
-        assert set(data.classes) == train and len(data.train) == len(data.held_out) == 2
+        assert set(data.classes) == train and len(data.train) == len(data.val) == 2
     else:
-        assert [{re.split('[/_]', path)[-1] for path, _ in side.samples} for side in (data.train, data.held_out)] == [
+        assert [{re.split('[/_]', path)[-1] for path, _ in side.samples} for side in (data.train, data.val)] == [
             train, val]
 
 
@@ -219,19 +219,19 @@ def copies(root, *names):
 
 def test_identical_images_lie_on_one_side_of_a_split_that_the_command_makes(tmp_path):
     draw(tmp_path, *(f'{label}/{i}.png' for label in 'abc' for i in range(20)))
-    plain = [side.samples for side in (open_data(tmp_path).train, open_data(tmp_path).held_out)]
+    plain = [side.samples for side in (open_data(tmp_path).train, open_data(tmp_path).val)]
     copies(tmp_path, 'a/0.png', 'a/1.png', 'a/2.png', 'b/0.png')
     copies(tmp_path, 'c/0.png', *(f'c/{i}.png' for i in range(1, 20)))
     copies(tmp_path, 'd/0.png', 'd/1.png', 'e/3.png', 'd/4.png')
     draw(tmp_path, 'd/other.gif', 'e/other.bmp')
     (tmp_path / 'b/link.png').symlink_to(tmp_path / 'b/5.png')
     data = open_data(tmp_path)
-    sides = [{path: path.split('/')[-2] for path, _ in side.samples} for side in (data.train, data.held_out)]
+    sides = [{path: path.split('/')[-2] for path, _ in side.samples} for side in (data.train, data.val)]
     contents = [{Path(path).read_bytes() for path in side} for side in sides]
     assert not contents[0] & contents[1]
     for label, most in dict(a=4, b=4, c=0, d=1, e=1).items():
-        train, held_out = (list(side.values()).count(label) for side in sides)
-        assert train and held_out == most
+        train, val = (list(side.values()).count(label) for side in sides)
+        assert train and val == most
     assert any('images have identical copies, which lie on the same side' in remark for remark in data.remarks)
     assert any(f'{tmp_path}/a/0.png = {tmp_path}/a/1.png = {tmp_path}/a/2.png = {tmp_path}/b/0.png' in remark
                and '8 images are identical to images of another class' in remark for remark in data.remarks)
@@ -302,7 +302,7 @@ def test_without_one_good_image_of_a_class_nothing_is_trained(tmp_path):
     with pytest.raises(InputError, match='no image of a to train on can be used'):
         data.leave_out({path: 'broken' for path, target in data.train.samples if target == 0})
     with pytest.raises(InputError, match='no image to validate on can be used'):
-        open_data(tmp_path).leave_out({path: 'broken' for path, _ in data.held_out.samples})
+        open_data(tmp_path).leave_out({path: 'broken' for path, _ in data.val.samples})
 
 
 @pytest.mark.parametrize('progressive', [False, True])

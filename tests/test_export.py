@@ -49,8 +49,8 @@ def run_here(*args):
 
 
 @pytest.fixture(scope='module')
-def held_out(finetuned, digits):
-    """The model by timm alone, its held-out images, and their classes."""
+def validation_set(finetuned, digits):
+    """The model by timm alone, the images of the validation set, and their classes."""
     model = timm.create_model(f'local-dir:{finetuned[0]}/output/finetune', pretrained=True).eval()
     loader = create_loader(
         create_dataset('', digits, split='validation'), batch_size=360, num_workers=0, device=torch.device('cpu'),
@@ -84,10 +84,10 @@ def copied(exported, monkeypatch):
 
 
 @needs('onnx')
-def test_one_command_exports_checks_and_compares(exported, held_out):
+def test_one_command_exports_checks_and_compares(exported, validation_set):
     from onnxruntime import InferenceSession
 
-    model, images, targets = held_out
+    model, images, targets = validation_set
     out, rows = exported
     assert list(rows) == ['PyTorch, as trained', 'PyTorch, reparameterized', 'ONNX Runtime', 'ONNX Runtime, int8']
     files = {'mobileformer_52m.onnx', 'mobileformer_52m.int8.onnx'}
@@ -297,7 +297,7 @@ def test_a_file_predicts_what_its_model_does(small, photos, tmp_path, capsys):
 
 
 @needs('onnx')
-def test_a_finetuned_model_is_checked_on_what_was_held_out_from_its_training(
+def test_a_finetuned_model_is_checked_on_its_validation_set(
         copied, finetuned, digits, tmp_path, monkeypatch, capsys):
     copied('onnx')
     model = tmp_path / 'model'

@@ -64,10 +64,10 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def draw_shapes(root, train=24, held_out=8):
+def draw_shapes(root, train=24, val=8):
     """Filled circles and outlined squares, JPEG and PNG."""
     rng = random.Random(0)
-    for split, count in ('train', train), ('val', held_out):
+    for split, count in ('train', train), ('val', val):
         for shape in ('circle', 'square'):
             folder = root / split / shape
             folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def shapes(tmp_path):
 
 @pytest.fixture(scope='module')
 def tiles(tmp_path_factory):
-    """Five photographs in 48 tiles each, every other one held out."""
+    """Five photographs in 48 tiles each, every other one for validation."""
     skimage = pytest.importorskip('skimage', reason='scikit-image brings photographs')
     sklearn = pytest.importorskip('sklearn', reason='scikit-learn brings photographs')
     root = tmp_path_factory.mktemp('tiles')
@@ -137,7 +137,7 @@ def top1_by_epoch(folder):
 
 def test_the_digits_are_learnt_without_a_folder_from_the_first_epochs_on(finetuned, digits):
     folder, printed = finetuned
-    assert '1,437 images to train on, 360 held out' in printed
+    assert '1,437 images to train on, 360 for validation' in printed
     assert len(re.findall(r'^epoch ', printed, re.MULTILINE)) == 4
     output = folder / 'output' / 'finetune'
     assert os.listdir(folder) == ['output'] and {f.name for f in output.iterdir()} == FILES
@@ -196,7 +196,7 @@ def test_a_hundred_photographs_are_learnt_in_three_epochs(tmp_path, capsys):
     assert not run_here('--data-dir', tmp_path / 'pieces', '--model', 'test_mobileformer', '--img-size', 32,
                         '--epochs', 3, '--device', 'cpu', '--workers', 0, '--output', tmp_path / 'out')
     printed = capsys.readouterr().out
-    assert '80 images to train on, 20 held out' in printed
+    assert '80 images to train on, 20 for validation' in printed
     assert 'an epoch is 8 passes over the images in 20 batches of up to 32' in printed
     assert top1_printed(printed) >= 80  # by a model for tests, of chance 50
 
@@ -331,7 +331,7 @@ def test_the_best_epoch_is_what_is_kept_and_reported_and_patience_counts_from_it
 def plain_run(tmp_path_factory):
     """Arguments of a short run, and the weights that it comes to."""
     folder = tmp_path_factory.mktemp('plain')
-    args = ('--data-dir', draw_shapes(folder / 'shapes', train=8, held_out=2), *TINY)
+    args = ('--data-dir', draw_shapes(folder / 'shapes', train=8, val=2), *TINY)
     assert not run_here(*args, '--output', folder / 'out')
     return args, (folder / 'out' / 'model.safetensors').read_bytes()
 

@@ -20,7 +20,7 @@ from timm_mobileformer.cli import main
 from timm_mobileformer.cli.batches import Kept
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.data import open_data
-from timm_mobileformer.cli.images import SUFFIXES, Pictures, check_images, decode, read_crop, read_image
+from timm_mobileformer.cli.images import SUFFIXES, ImageDataset, check_images, decode, read_crop, read_image
 from timm_mobileformer.cli.metadata import describe
 
 y, x = np.mgrid[:24, :32]
@@ -299,7 +299,7 @@ def test_a_crop_of_a_large_jpeg_is_that_of_the_whole_decoded_no_larger_than_need
 
 def test_only_training_takes_crops_and_validation_every_pixel(tmp_path):
     smooth(600, 400).save(tmp_path / 'picture.jpg')
-    dataset = Pictures([(str(tmp_path / 'picture.jpg'), 3)])
+    dataset = ImageDataset([(str(tmp_path / 'picture.jpg'), 3)])
     loader = create_loader(dataset, (3, 64, 64), 1, num_workers=0, device=torch.device('cpu'), use_prefetcher=False)
     transform = create_transform((3, 64, 64))
     for images, targets in loader:
@@ -315,7 +315,7 @@ def test_only_training_takes_crops_and_validation_every_pixel(tmp_path):
 def test_validation_images_are_read_once_if_memory_holds_them(tmp_path):
     for i in range(3):
         smooth(80, 60 + i).save(tmp_path / f'{i}.jpg')
-    dataset = Pictures([(str(tmp_path / f'{i}.jpg'), i) for i in range(3)])
+    dataset = ImageDataset([(str(tmp_path / f'{i}.jpg'), i) for i in range(3)])
     loader: Any = create_loader(dataset, (3, 32, 32), 2, num_workers=0, device=torch.device('cpu'))
     wanted, batches = list(loader), loader.loader
     kept, not_kept = Kept(batches), Kept(batches, budget=3 * 3 * 32 * 32 - 1)
@@ -341,7 +341,7 @@ def test_a_heic_is_a_picture_like_any_other(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         stored.save(tmp_path / name, 'HEIF', quality=95 - 10 * i)
     data = open_data(tmp_path)
-    assert len(data.train) == len(data.held_out) == 2
+    assert len(data.train) == len(data.val) == 2
     assert check_images([path for path, _ in data.train.samples], 1).white_level is None
     image = read_image(tmp_path / 'a/1.heic')
     assert image.size == (96, 64)

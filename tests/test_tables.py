@@ -42,7 +42,7 @@ def read(root, text, name='labels.csv', **options):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     data = open_data(root, file, **options)
     sides = [{path[len(str(root)) + 1:]: data.classes[i] for path, i in side.samples if side}
-             for side in (data.train, data.held_out, data.test) if side]
+             for side in (data.train, data.val, data.test) if side]
     return sides, data.remarks
 
 
@@ -66,8 +66,8 @@ SPECIES, SPLIT = ('species', LABELS), ('Split', ['train', 'train', 'Train', 'val
     (table(('1', FILES), ('2', LABELS))[4:], 'files in column `1`; labels in column `2`'),
 ])
 def test_the_right_columns_are_taken_and_named(root, text, taken):
-    (train, held_out), remarks = read(root, text)
-    assert {**train, **held_out} == TAKEN and taken in remarks[0]
+    (train, val), remarks = read(root, text)
+    assert {**train, **val} == TAKEN and taken in remarks[0]
 
 
 @pytest.mark.parametrize('text', [
@@ -76,8 +76,8 @@ def test_the_right_columns_are_taken_and_named(root, text, taken):
     table(('label', LABELS), ('partition', ['TRAIN'] * 3 + ['test'] * 3), ('name', FILES), ('y', 1)),
 ])
 def test_a_column_of_splits_is_followed(root, text):
-    (train, held_out), remarks = read(root, text)
-    assert list(train) == FILES[:3] and list(held_out) == FILES[3:] and {**train, **held_out} == TAKEN
+    (train, val), remarks = read(root, text)
+    assert list(train) == FILES[:3] and list(val) == FILES[3:] and {**train, **val} == TAKEN
     assert 'splits by column `' in remarks[0]
 
 
@@ -91,8 +91,8 @@ def test_without_a_column_of_splits_their_folders_are_followed(root):
     for name, file in zip(names, FILES, strict=True):
         (root / name).parent.mkdir(exist_ok=True)
         (root / file).rename(root / name)
-    (train, held_out), remarks = read(root, table(('file', FILES), LABEL))
-    assert list(train) == names[:3] and list(held_out) == names[3:] and 'splits by folders' in remarks[0]
+    (train, val), remarks = read(root, table(('file', FILES), LABEL))
+    assert list(train) == names[:3] and list(val) == names[3:] and 'splits by folders' in remarks[0]
 
 
 @pytest.mark.parametrize('columns, column', [
@@ -104,15 +104,15 @@ def test_without_a_column_of_splits_their_folders_are_followed(root):
 def test_what_is_not_clear_is_refused_until_the_column_is_named(root, columns, column):
     with pytest.raises(InputError, match=re.escape(', '.join(f'`{name}`' for name, _ in columns)) + '.*--label-column'):
         read(root, table(*columns))
-    (train, held_out), remarks = read(root, table(*columns), label_column=column)
-    assert list({**train, **held_out}.values()).count(list(train.values())[0]) == 3
+    (train, val), remarks = read(root, table(*columns), label_column=column)
+    assert list({**train, **val}.values()).count(list(train.values())[0]) == 3
     assert f'labels in column `{column.lower()}`' in remarks[0]
 
 
 def test_a_column_of_a_table_without_a_header_is_named_by_its_number(root):
     text = table(('', FILES), ('', [1, 1, 2] * 2), ('', LABELS))[3:]
-    (train, held_out), _ = read(root, text, label_column='3')
-    assert {**train, **held_out} == TAKEN
+    (train, val), _ = read(root, text, label_column='3')
+    assert {**train, **val} == TAKEN
     with pytest.raises(InputError, match="no column '4'"):
         read(root, text, label_column='4')
 
@@ -142,8 +142,8 @@ def test_what_programs_write_is_read(root, name, text, remark):
         with pytest.raises(InputError, match="neither in .* nor beside it: file"):
             read(root, text)
         return
-    (train, held_out), remarks = read(root, text)
-    assert {**train, **held_out} == TAKEN
+    (train, val), remarks = read(root, text)
+    assert {**train, **val} == TAKEN
     assert not remark or any(remark.format(root=root) in line for line in remarks)
 
 
@@ -154,15 +154,15 @@ def test_labels_may_have_anything_inside(root):
                                                                                                     strict=True)])
     for i, name in enumerate('abcdefghijkl'):
         Image.new('RGB', (8, 6), (i, 1, 0)).save(root / f'{name}.png')
-    (train, held_out), _ = read(root, text)
-    assert [{**train, **held_out}[f'{name}.png'] for name in 'abcdef'] == labels
+    (train, val), _ = read(root, text)
+    assert [{**train, **val}[f'{name}.png'] for name in 'abcdef'] == labels
 
 
 def test_files_are_found_in_the_folder_of_the_table_too(root):
     (root / 'pictures').mkdir()
     (root / 'labels.csv').write_text(table(FILE, LABEL))
     data = open_data(root / 'pictures', root / 'labels.csv')
-    assert len(data.train) + len(data.held_out) == 6
+    assert len(data.train) + len(data.val) == 6
 
 
 @pytest.mark.parametrize('name, text', [
@@ -175,13 +175,13 @@ def test_a_table_of_a_usual_name_is_found_beside_the_images(tmp_path, root, name
     (root / name).write_text(text)
     if not splits:
         data = open_data(root)
-        assert {path.rpartition('/')[2]: data.classes[i] for side in (data.train, data.held_out)
+        assert {path.rpartition('/')[2]: data.classes[i] for side in (data.train, data.val)
                 for path, i in side.samples} == TAKEN
     else:
         for split in 'train', 'valid', 'test':
             shutil.copytree(root, tmp_path / 'parts' / split)
         data = open_data(tmp_path / 'parts')
-        for split, side in ('train', data.train), ('valid', data.held_out), ('test', data.test):
+        for split, side in ('train', data.train), ('valid', data.val), ('test', data.test):
             assert {path: data.classes[i] for path, i in side.samples} == {
                 str(tmp_path / 'parts' / split / f): label for f, label in TAKEN.items()}
     assert f'{name}: files in column' in data.remarks[0]
@@ -229,8 +229,8 @@ def test_a_table_that_does_not_fit_is_refused(root, text, wanted):
 
 def test_rows_without_a_label_are_left_out_on_demand(root):
     text = table(FILE, ('label', ['a', '', 'a', 'b', 'nan', 'b']))
-    (train, held_out), remarks = read(root, text, skip_unlabeled=True)
-    assert {**train, **held_out} == {'ant.png': 'a', 'cod.png': 'a', 'doe.png': 'b', 'fox.png': 'b'}
+    (train, val), remarks = read(root, text, skip_unlabeled=True)
+    assert {**train, **val} == {'ant.png': 'a', 'cod.png': 'a', 'doe.png': 'b', 'fox.png': 'b'}
     assert any('2 of 6 rows' in remark and 'are left out' in remark for remark in remarks)
 
 

@@ -101,7 +101,7 @@ def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device:
     train.loader = DataLoader(  # as timm's, which drops the last batch
         data.train, batch_sampler=EvenBatches(sampler, args.batch_size), num_workers=args.workers,
         collate_fn=train.loader.collate_fn, worker_init_fn=train.loader.worker_init_fn)
-    held_out: Any = create_loader(
-        data.held_out, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
-    held_out.loader = Kept(held_out.loader)  # in 8 bits, before they are normalized
-    return train, held_out
+    val: Any = create_loader(
+        data.val, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
+    val.loader = Kept(val.loader)  # in 8 bits, before they are normalized
+    return train, val

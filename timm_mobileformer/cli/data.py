@@ -11,7 +11,7 @@ from typing import Dict, Iterable, List, Optional, Set, Tuple
 from .console import InputError, abbreviate, quote
 from .duplicates import identical_files
 from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, relative, split_of
-from .images import Pictures
+from .images import ImageDataset
 from .tables import read_labels
 
 __all__ = ['BAD_IMAGES', 'Data', 'ImageScan', 'find_labels', 'open_data']
@@ -47,7 +47,7 @@ def split(labelled: Labelled, root: Path, share: float, groups: List[List[str]])
     by_class: Dict[str, List[str]] = defaultdict(list)
     for path, label in labelled:
         by_class[label].append(path)
-    held_out: Set[str] = set()
+    val: Set[str] = set()
     remaining = Counter(labels.values())
     for label, paths in by_class.items():
         paths.sort(key=ranks.__getitem__)
@@ -59,11 +59,11 @@ def split(labelled: Labelled, root: Path, share: float, groups: List[List[str]])
                     break
                 group = group_of.get(path, [path])
                 sizes = Counter(labels[member] for member in group)
-                if path not in held_out and taken + sizes[label] <= limit and all(
+                if path not in val and taken + sizes[label] <= limit and all(
                         n < remaining[inside] for inside, n in sizes.items()):
-                    held_out.update(group)
+                    val.update(group)
                     remaining.subtract(sizes)
-    return [s for s in labelled if s[0] not in held_out], [s for s in labelled if s[0] in held_out]
+    return [s for s in labelled if s[0] not in val], [s for s in labelled if s[0] in val]
 
 
 def say_identical(splits: Splits, groups: List[List[str]]) -> List[str]:
@@ -91,16 +91,16 @@ def say_identical(splits: Splits, groups: List[List[str]]) -> List[str]:
 @dataclass
 class Data:
     """Labelled images: the training set, the validation set, their classes by index, and remarks for the user."""
-    train: Pictures
-    held_out: Pictures
+    train: ImageDataset
+    val: ImageDataset
     classes: List[str]
     remarks: List[str]
-    test: Optional[Pictures] = None  # where a folder of that name lies beside those of train and val
+    test: Optional[ImageDataset] = None  # where a folder of that name lies beside those of train and val
     validates_on_test: bool = False  # the folder test is all there is to validate on
 
     @property
-    def sets(self) -> List[Pictures]:
-        return [self.train, self.held_out, *([self.test] if self.test else [])]
+    def sets(self) -> List[ImageDataset]:
+        return [self.train, self.val, *([self.test] if self.test else [])]
 
     def paths(self) -> List[str]:
         return [path for images in self.sets for path, _ in images.samples]
@@ -116,7 +116,7 @@ class Data:
         for images in self.sets:
             images.samples = [sample for sample in images.samples if sample[0] not in bad]
         lost = set(range(len(self.classes))) - {target for _, target in self.train.samples}
-        if lost or not self.held_out:
+        if lost or not self.val:
             what = f'of {abbreviate(self.classes[i] for i in sorted(lost))} to train on' if lost else 'to validate on'
             raise InputError(f'no image {what} can be used')
         return [f'{len(bad):,} images cannot be used, and are left out: '
@@ -191,17 +191,17 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
         splits['val'] = splits.pop('test')
     if not splits.get('train'):
         raise InputError(f'{labels or root} has no training set, only {abbreviate(splits)}')
-    train, held_out, test = (splits.get(name, []) for name in ('train', 'val', 'test'))
+    train, val, test = (splits.get(name, []) for name in ('train', 'val', 'test'))
     groups = identical_files(path for labelled in splits.values() for path, _ in labelled)
     remarks += say_identical(splits, groups)
-    if not held_out:
-        train, held_out = split(train, root, val_split, groups)
-        share = len(held_out) / max(1, len(train) + len(held_out))
+    if not val:
+        train, val = split(train, root, val_split, groups)
+        share = len(val) / max(1, len(train) + len(val))
         if groups:
             remarks.append(f'{sum(map(len, groups)):,} images have identical copies, which lie on the same side: '
                            + abbreviate(' = '.join(group) for group in groups))
-        remarks.append(f'held out: {100 * share:.3g} % of the images, at least one of every class of two or more')
-    names, others = {label for _, label in train}, {label for _, label in held_out}
+        remarks.append(f'validation set: {100 * share:.3g} % of the images, at least one of every class of two or more')
+    names, others = {label for _, label in train}, {label for _, label in val}
     if len(names) < 2:
         inside = [] if labels else [f for name in names if (f := root / name).is_dir() and contents(f)[0]]
         raise InputError(f'{labels or root} has one class only ({abbreviate(names)}); at least two are needed'
@@ -214,16 +214,16 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
                          f'({abbreviate(names)}; {abbreviate(others)}); to hold out a part of the first, name it with '
                          '--data-dir')
     if others - names:
-        remarks.append(f'only among the held-out images, and left out: {abbreviate(others - names)}')
+        remarks.append(f'only in the validation set, and left out: {abbreviate(others - names)}')
     if names - others:
-        remarks.append(f'not among the held-out images: {abbreviate(names - others)}')
+        remarks.append(f'not in the validation set: {abbreviate(names - others)}')
     if others := {label for _, label in test} - names:
         remarks.append(f'only in the test set, and left out: {abbreviate(others)}')
     remarks += alike({label for labelled in splits.values() for _, label in labelled})
     classes = sorted(names, key=natural_order)
     index = {name: i for i, name in enumerate(classes)}
 
-    def indexed(labelled: Labelled) -> Pictures:
-        return Pictures([(path, index[label]) for path, label in labelled if label in index])
+    def indexed(labelled: Labelled) -> ImageDataset:
+        return ImageDataset([(path, index[label]) for path, label in labelled if label in index])
 
-    return Data(indexed(train), indexed(held_out), classes, remarks, indexed(test) or None, validates_on_test)
+    return Data(indexed(train), indexed(val), classes, remarks, indexed(test) or None, validates_on_test)

@@ -28,8 +28,8 @@ def write_digits(root: Path) -> None:
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0 ... 16
-    train, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    for split, indices in ('train', train), ('validation', held_out):
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    for split, indices in ('train', train), ('validation', val):
         for i in indices:
             path = Path(root) / split / str(labels[i]) / f'{i:04}.png'
             path.parent.mkdir(parents=True, exist_ok=True)

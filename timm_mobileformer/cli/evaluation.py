@@ -46,7 +46,7 @@ def find_images(args: argparse.Namespace, root: Path) -> Tuple[Labelled, str]:
 def find_unseen_images(args: argparse.Namespace, root: Path, trained: Optional[TrainingData]) -> Tuple[Labelled, str]:
     """As `find_images`; of the data of its training, the images that a model was not trained on."""
     if data := trained and trained.open(root):
-        images, what = (data.test, 'test set') if data.test else (data.held_out, 'validation set of its training')
+        images, what = (data.test, 'test set') if data.test else (data.val, 'validation set of its training')
         return [(path, data.classes[target]) for path, target in images.samples], what
     return find_images(args, root)
 

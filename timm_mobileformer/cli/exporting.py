@@ -21,7 +21,7 @@ from .data import BAD_IMAGES, ImageScan, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
 from .formats import FORMATS, Run, load_raw
-from .images import Pictures, check_images
+from .images import ImageDataset, check_images
 from .labelled import TrainingData, match_classes, training_data
 from .load import class_names, load_model, reading_options
 from .metadata import ExportMetadata, describe, to_pixels, write_metadata
@@ -68,13 +68,13 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
     """
 
     def decoded(samples: Sequence[Tuple[str, int]]) -> Any:
-        pictures = Pictures(samples, **reading_options(model))
+        pictures = ImageDataset(samples, **reading_options(model))
         pictures.transform = Compose([to_pixels])
         return pictures
 
     def load(samples: Sequence[Tuple[str, int]]) -> Loader:
         return create_loader(
-            Pictures(samples, **reading_options(model)), batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
+            ImageDataset(samples, **reading_options(model)), batch_size=32, num_workers=args.workers,  # type: ignore[arg-type]
             device=torch.device('cpu'), **data_config)
 
     if root:
@@ -85,16 +85,16 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         index, mismatches = match_classes(data.classes, names, args.checkpoint or args.model)
         for remark in [*data.remarks, *mismatches]:
             print(remark)
-        held_out = [(path, index[name]) for path, target in data.held_out.samples
+        val = [(path, index[name]) for path, target in data.val.samples
                     if (name := data.classes[target]) in index]
         calibration = thin_out(data.train.samples)
-        bad = check_images([path for path, _ in [*calibration, *held_out]], args.workers, args.output / BAD_IMAGES,
+        bad = check_images([path for path, _ in [*calibration, *val]], args.workers, args.output / BAD_IMAGES,
                            bool(args.skip_bad_images)).bad
-        held_out, calibration = ([sample for sample in samples if sample[0] not in bad]
-                                 for samples in (held_out, calibration))
-        targets = torch.tensor([target for _, target in held_out])
-        return Inputs(load(held_out), load(calibration), targets, f'{len(held_out):,} images of the validation set',
-                      decoded(held_out))
+        val, calibration = ([sample for sample in samples if sample[0] not in bad]
+                            for samples in (val, calibration))
+        targets = torch.tensor([target for _, target in val])
+        return Inputs(load(val), load(calibration), targets, f'{len(val):,} images of the validation set',
+                      decoded(val))
     if args.images:
         found = ImageScan()
         paths = found.named(args.images)

@@ -23,7 +23,7 @@ from torchvision.transforms import Compose
 
 from .console import InputError, abbreviate, progress
 
-__all__ = ['PLUGINS', 'SUFFIXES', 'Pictures', 'check_images', 'decode', 'read_crop', 'read_image',
+__all__ = ['PLUGINS', 'SUFFIXES', 'ImageDataset', 'check_images', 'decode', 'read_crop', 'read_image',
            'try_to_read']
 
 T = TypeVar('T')
@@ -195,7 +195,7 @@ def read_crop(
     return use_image(path, read)
 
 
-class Pictures(Dataset):
+class ImageDataset(Dataset):
     """Paths and class indices as a dataset for timm's `create_loader`, which sets `transform`.
 
     Where that begins with timm's random crop, to train, images are read by `read_crop`, else by `read_image`.

@@ -120,5 +120,5 @@ def read_state(folder: Path) -> Dict[str, Any]:
 def fingerprint(data: Data, root: Path) -> str:
     """Hash of the names, relative to `root`, and classes of all images."""
     names = [[(relative(path, root), target) for path, target in side.samples]
-             for side in (data.train, data.held_out)]
+             for side in (data.train, data.val)]
     return hashlib.sha256(repr((names, data.classes)).encode()).hexdigest()

@@ -102,7 +102,7 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
 def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], history: History, save: Any,
           optimizer_state: Any = None) -> None:
     """Train from where `history` ends, and append to it; `save` gets optimizer and history after every epoch."""
-    loader, held_out_loader = loaders
+    loader, val_loader = loaders
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
     scheduler, _ = create_scheduler_v2(
@@ -120,12 +120,12 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
             loss = train_epoch(args, model, loader, optimizer, scheduler, epoch * len(loader), bar)
             if not math.isfinite(loss):
                 raise InputError(f'the loss became {loss} in epoch {epoch + 1}; a smaller --lr may help')
-            metrics = measure(*evaluate(model, held_out_loader))
+            metrics = measure(*evaluate(model, val_loader))
             rates = [group['lr'] for group in optimizer.param_groups]
             row = dict(epoch=epoch, train_metrics={'loss': loss}, eval_metrics=metrics, lr=sum(rates) / len(rates))
             save(optimizer, [*history, row])
             history.append(row)
-            bar.write(f'epoch {epoch + 1:3} of {args.epochs}: loss {loss:.4f}, held out: loss {metrics["loss"]:.4f}, '
+            bar.write(f'epoch {epoch + 1:3} of {args.epochs}: loss {loss:.4f}, validation loss {metrics["loss"]:.4f}, '
                       f'top-1 {metrics["top1"]:.2f} %')
 
 
@@ -145,7 +145,7 @@ def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, dev
     """Print what is trained, on what and from what."""
     _, height, width = model.pretrained_cfg['input_size']
     print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
-          f'{len(data.classes):,} classes, {len(data.train):,} images to train on, {len(data.held_out):,} held out, '
+          f'{len(data.classes):,} classes, {len(data.train):,} images to train on, {len(data.val):,} for validation, '
           f'{height} × {width} pixels; {batches}' + (f'; {done} of {args.epochs} epochs are done' if done else ''))
     if not (done or args.pretrained or args.checkpoint or find_model(args.model).startswith(HAVE_WEIGHTS)):
         print(f'{args.model} starts from scratch, with random weights; to start from trained ones, add --checkpoint '
@@ -157,7 +157,7 @@ def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, dev
 def report(args: argparse.Namespace, root: Path, data: Data, model: Any, history: History) -> None:
     """Measure a model on the validation set and, apart, on the test set if there is one; write tables and figures."""
     device, best = next(model.parameters()).device, best_epoch(history)
-    for what, images, output in (('validation set', data.held_out, args.output),
+    for what, images, output in (('validation set', data.val, args.output),
                                  ('test set', data.test, args.output / 'test')):
         if not images:
             continue
