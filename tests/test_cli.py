@@ -115,7 +115,8 @@ def test_an_option_is_called_and_read_the_same_in_every_subcommand():
         import_module(f'timm_mobileformer.cli.{name}').add_options(parser)
         for action in parser._actions:
             for name in action.option_strings:
-                kinds.setdefault(name, set()).add((action.dest, action.type))
+                is_flag = action.const is True  # perhaps with an optional value
+                kinds.setdefault(name, set()).add((action.dest, None if is_flag else action.type))
     assert {'--model', '--checkpoint', '--pretrained', '--use-ema', '--img-size', '--batch-size', '--output',
             '--threads', '--workers', '--device', '--data-dir', '--labels', '--val-split'} <= kinds.keys()
     assert all(len(kind) == 1 for kind in kinds.values()), kinds

@@ -21,7 +21,6 @@ from timm_mobileformer.checkpoint import checkpoint_filter_fn
 from timm_mobileformer.download_errors import why
 from timm_mobileformer.pretrained import hub_repository
 
-from .authors_weights import fetch
 from .classifier import as_classifier
 from .console import InputError, abbreviate, progress, reason
 from .data import ImageScan
@@ -29,6 +28,7 @@ from .evaluation import score_images
 from .files import atomic_dir, sha256
 from .load import load_mobileformer, pick_device, read_checkpoint
 from .model_card import model_card
+from .prefetching import fetch
 from .report import measure
 
 __all__ = ['run']

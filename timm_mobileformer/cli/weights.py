@@ -8,7 +8,7 @@ from .console import InputError, abbreviate
 from .options import existing_file
 
 HELP = "download the authors' weights ahead of time"
-WORK = 'authors_weights'
+WORK = 'prefetching'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
