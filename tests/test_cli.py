@@ -22,13 +22,13 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
 import timm_mobileformer
-from timm_mobileformer.cli import main, options
+from timm_mobileformer.cli import console, main, options
 from timm_mobileformer.cli.console import InputError, progress
 from timm_mobileformer.cli.files import atomic_dir
 from timm_mobileformer.cli.load import class_names, load_model
 
 SUBCOMMANDS = {
-    'benchmark', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens', 'weights'}
+    'benchmark', 'evaluate', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens', 'weights'}
 
 
 def command(*args, **kwargs):
@@ -92,7 +92,7 @@ assert not {{'torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'huggingface_hub'}} 
     (('export', 'onnx', '--model', 'x', '--pretrained', '--checkpoint', __file__), 'not allowed with argument'),
     (('publish', '--all', '.', '--model', 'x'), 'give --model NAME, --model NAME --checkpoint FILE, --model'),
     (('publish', '--all', '--validate-only'), "--validate-only needs the folder of ImageNet's validation images"),
-    (('weights', '--all', '--checkpoint', __file__), 'give NAME, NAME --checkpoint FILE, --all, or --all FOLDER'),
+    (('weights', '--all', '--checkpoint', __file__), 'give NAME, NAME --checkpoint FILE, or --all'),
     (('publish', '--all', '.', '--repo-id', 'a/b'), '--repo-id names one repository, --all needs --namespace'),
     (('recipe', 'mobileformer_1m'), 'there is no recipe mobileformer_1m; these are: finetune, mobileformer_151m'),
 ])
@@ -221,14 +221,21 @@ def test_it_works_without_a_home_and_where_nothing_can_be_written(tmp_path, monk
     assert (tmp_path / 'out.png').is_file()
 
 
-def test_bars_are_for_terminals_alone():
-    class Terminal(io.StringIO):
+@pytest.mark.parametrize('is_terminal, seconds, shown', [
+    (True, 30, r'\rcounting.*\r +\r'),  # a bar, removed when done
+    (False, 30, ''),
+    (False, 0, r'(counting: [^\r]*\n)+'),
+])
+def test_progress_is_a_bar_in_a_terminal_and_now_and_then_a_line_without_one(
+        is_terminal, seconds, shown, monkeypatch):
+    class Stream(io.StringIO):
         def isatty(self):
-            return True
+            return is_terminal
 
-    for stream, shown in (io.StringIO(), False), (Terminal(), True):
-        assert list(progress(range(3), 'counting', file=stream, mininterval=0)) == [0, 1, 2]
-        assert ('counting' in stream.getvalue()) == shown
+    monkeypatch.setattr(sys, 'stderr', stream := Stream())
+    monkeypatch.setattr(console, 'SECONDS', seconds)
+    assert list(progress(range(3), 'counting', mininterval=0)) == [0, 1, 2]
+    assert re.fullmatch(shown, stream.getvalue(), re.DOTALL)
 
 
 def test_what_is_to_be_pasted_into_a_shell_can_be(tmp_path, monkeypatch, capsys):
