@@ -378,7 +378,7 @@ class Stage(nn.ModuleList):
         return x, z
 
 
-class Row(NamedTuple):
+class BlockCfg(NamedTuple):
     """A block, as in a row of the paper's Tables 1 and 11.
 
     Attributes:
@@ -416,12 +416,13 @@ class MobileFormer(nn.Module):
             stem_width: int = 16,
             num_tokens: int = 6,
             token_dim: int = 192,
-            stages: Sequence[Sequence[Row]] = (
-                (Row('bneck-lite', 2, 16),),
-                (Row('M-F-down', (6, 4), 24, 2), Row('M-F', 4, 24)),
-                (Row('M-F-down', (6, 4), 48, 2), Row('M-F', 4, 48)),
-                (Row('M-F-down', (6, 4), 96, 2), Row('M-F', 4, 96), Row('M-F', 6, 128), Row('M-F', 6, 128)),
-                (Row('M-F-down', (6, 4), 192, 2), Row('M-F', 6, 192), Row('M-F', 6, 192)),
+            stages: Sequence[Sequence[BlockCfg]] = (
+                (BlockCfg('bneck-lite', 2, 16),),
+                (BlockCfg('M-F-down', (6, 4), 24, 2), BlockCfg('M-F', 4, 24)),
+                (BlockCfg('M-F-down', (6, 4), 48, 2), BlockCfg('M-F', 4, 48)),
+                (BlockCfg('M-F-down', (6, 4), 96, 2), BlockCfg('M-F', 4, 96),
+                 BlockCfg('M-F', 6, 128), BlockCfg('M-F', 6, 128)),
+                (BlockCfg('M-F-down', (6, 4), 192, 2), BlockCfg('M-F', 6, 192), BlockCfg('M-F', 6, 192)),
             ),
             head_hidden_size: int = 1920,
             groups: int = 1,
@@ -448,7 +449,7 @@ class MobileFormer(nn.Module):
         self.stem_act = nn.ReLU6()
 
         # Stages of blocks
-        rows: Any = [[Row(*row) for row in stage] for stage in stages]
+        rows: Any = [[BlockCfg(*block) for block in stage] for stage in stages]
         num_blocks = sum(len(stage) for stage in rows)
         chs, reduction, dilation, index = stem_width, 2, 1, 0
         feature_info: List[Dict[str, Any]] = []
@@ -705,7 +706,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-# Where else weights come from: pretrained.py
+# If a repository does not exist, the weights come from the authors' file, see pretrained.py
 default_cfgs = generate_default_cfgs({
     'mobileformer_26m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_26m.ms_in1k'),
     'mobileformer_52m.ms_in1k': _cfg(hf_hub_id='timm-mobileformer/mobileformer_52m.ms_in1k'),
@@ -735,55 +736,56 @@ def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) 
 _52M = dict(
     stem_width=8, num_tokens=3, token_dim=128, head_hidden_size=1024,
     stages=(
-        (Row('bneck-lite', 3, 12, 2), Row('M-F', 3, 12)),
-        (Row('M-F-down', (6, 4), 24, 2), Row('M-F', 3, 24)),
-        (Row('M-F-down', (6, 4), 48, 2), Row('M-F', 4, 48), Row('M-F', 6, 64)),
-        (Row('M-F-down', (6, 4), 96, 2), Row('M-F', 6, 96)),
+        (BlockCfg('bneck-lite', 3, 12, 2), BlockCfg('M-F', 3, 12)),
+        (BlockCfg('M-F-down', (6, 4), 24, 2), BlockCfg('M-F', 3, 24)),
+        (BlockCfg('M-F-down', (6, 4), 48, 2), BlockCfg('M-F', 4, 48), BlockCfg('M-F', 6, 64)),
+        (BlockCfg('M-F-down', (6, 4), 96, 2), BlockCfg('M-F', 6, 96)),
     ))
 _96M = dict(
     stem_width=12, num_tokens=4, token_dim=128, head_hidden_size=1280,
     stages=(
-        (Row('bneck-lite', 2, 12),),
-        (Row('M-F-down', (6, 4), 16, 2),),
-        (Row('M-F-down', (6, 4), 32, 2), Row('M-F', 3, 32)),
-        (Row('M-F-down', (6, 4), 64, 2), Row('M-F', 4, 64), Row('M-F', 6, 88)),
-        (Row('M-F-down', (6, 4), 128, 2), Row('M-F', 6, 128)),
+        (BlockCfg('bneck-lite', 2, 12),),
+        (BlockCfg('M-F-down', (6, 4), 16, 2),),
+        (BlockCfg('M-F-down', (6, 4), 32, 2), BlockCfg('M-F', 3, 32)),
+        (BlockCfg('M-F-down', (6, 4), 64, 2), BlockCfg('M-F', 4, 64), BlockCfg('M-F', 6, 88)),
+        (BlockCfg('M-F-down', (6, 4), 128, 2), BlockCfg('M-F', 6, 128)),
     ))
 _151M = dict(
     stem_width=12, num_tokens=6, token_dim=192, head_hidden_size=1280,
     stages=(
-        (Row('bneck-lite', 2, 12),),
-        (Row('M-F-down', (6, 4), 16, 2), Row('M-F', 3, 16)),
-        (Row('M-F-down', (6, 4), 32, 2), Row('M-F', 3, 32)),
-        (Row('M-F-down', (6, 4), 64, 2), Row('M-F', 4, 64), Row('M-F', 6, 88), Row('M-F', 6, 88)),
-        (Row('M-F-down', (6, 4), 128, 2), Row('M-F', 6, 128), Row('M-F', 6, 128)),
+        (BlockCfg('bneck-lite', 2, 12),),
+        (BlockCfg('M-F-down', (6, 4), 16, 2), BlockCfg('M-F', 3, 16)),
+        (BlockCfg('M-F-down', (6, 4), 32, 2), BlockCfg('M-F', 3, 32)),
+        (BlockCfg('M-F-down', (6, 4), 64, 2), BlockCfg('M-F', 4, 64), BlockCfg('M-F', 6, 88), BlockCfg('M-F', 6, 88)),
+        (BlockCfg('M-F-down', (6, 4), 128, 2), BlockCfg('M-F', 6, 128), BlockCfg('M-F', 6, 128)),
     ))
 _214M = dict(
     stem_width=12, num_tokens=6, token_dim=192, head_hidden_size=1600,
     stages=(
-        (Row('bneck-lite', 2, 12),),
-        (Row('M-F-down', (6, 4), 20, 2), Row('M-F', 3, 20)),
-        (Row('M-F-down', (6, 4), 40, 2), Row('M-F', 4, 40)),
-        (Row('M-F-down', (6, 4), 80, 2), Row('M-F', 4, 80), Row('M-F', 6, 112), Row('M-F', 6, 112)),
-        (Row('M-F-down', (6, 4), 160, 2), Row('M-F', 6, 160), Row('M-F', 6, 160)),
+        (BlockCfg('bneck-lite', 2, 12),),
+        (BlockCfg('M-F-down', (6, 4), 20, 2), BlockCfg('M-F', 3, 20)),
+        (BlockCfg('M-F-down', (6, 4), 40, 2), BlockCfg('M-F', 4, 40)),
+        (BlockCfg('M-F-down', (6, 4), 80, 2), BlockCfg('M-F', 4, 80), BlockCfg('M-F', 6, 112), BlockCfg('M-F', 6, 112)),
+        (BlockCfg('M-F-down', (6, 4), 160, 2), BlockCfg('M-F', 6, 160), BlockCfg('M-F', 6, 160)),
     ))
 _508M = dict(
     stem_width=24, num_tokens=6, token_dim=192, head_hidden_size=1920,
     stages=(
-        (Row('bneck-lite', 2, 24),),
-        (Row('M-F-down', (6, 4), 40, 2), Row('M-F', 3, 40)),
-        (Row('M-F-down', (6, 4), 72, 2), Row('M-F', 3, 72)),
-        (Row('M-F-down', (6, 4), 128, 2), Row('M-F', 4, 128), Row('M-F', 6, 176), Row('M-F', 6, 176)),
-        (Row('M-F-down', (6, 4), 240, 2), Row('M-F', 6, 240), Row('M-F', 6, 240)),
+        (BlockCfg('bneck-lite', 2, 24),),
+        (BlockCfg('M-F-down', (6, 4), 40, 2), BlockCfg('M-F', 3, 40)),
+        (BlockCfg('M-F-down', (6, 4), 72, 2), BlockCfg('M-F', 3, 72)),
+        (BlockCfg('M-F-down', (6, 4), 128, 2), BlockCfg('M-F', 4, 128),
+         BlockCfg('M-F', 6, 176), BlockCfg('M-F', 6, 176)),
+        (BlockCfg('M-F-down', (6, 4), 240, 2), BlockCfg('M-F', 6, 240), BlockCfg('M-F', 6, 240)),
     ))
 _TEST = dict(
     stem_width=8, num_tokens=2, token_dim=32, head_hidden_size=128,
     stages=(
-        (Row('bneck-lite', 2, 8),),
-        (Row('M-F-down', (2, 2), 8, 2), Row('M-F', 2, 8)),
-        (Row('M-F-down', (2, 2), 16, 2),),
-        (Row('M-F-down', (2, 2), 24, 2), Row('M-F', 2, 32)),
-        (Row('M-F-down', (2, 2), 32, 2), Row('M-F', 2, 32)),
+        (BlockCfg('bneck-lite', 2, 8),),
+        (BlockCfg('M-F-down', (2, 2), 8, 2), BlockCfg('M-F', 2, 8)),
+        (BlockCfg('M-F-down', (2, 2), 16, 2),),
+        (BlockCfg('M-F-down', (2, 2), 24, 2), BlockCfg('M-F', 2, 32)),
+        (BlockCfg('M-F-down', (2, 2), 32, 2), BlockCfg('M-F', 2, 32)),
     ))
 
 
