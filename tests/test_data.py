@@ -16,7 +16,8 @@ from timm_mobileformer.cli.console import InputError, progress
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.duplicates import identical_files
 from timm_mobileformer.cli.folders import natural_order
-from timm_mobileformer.cli.images import check_images, read_image
+from timm_mobileformer.cli.image_checks import check_images
+from timm_mobileformer.cli.images import read_image
 
 
 def draw(root, *names):
@@ -284,7 +285,7 @@ def test_all_images_that_cannot_be_used_are_listed_in_a_file(tmp_path, capsys):
                 '--epochs', 1, '--workers', 0, '--output', tmp_path / 'out']
     assert main([*map(str, settings)])
     listing = tmp_path / 'out/bad_images.csv'
-    assert f'{listing} names all of them, and --skip-bad-images leaves them out' in capsys.readouterr().err
+    assert f'{listing} lists all of them, --skip-bad-images leaves them out' in capsys.readouterr().err
     with listing.open(newline='') as file:
         rows = list(csv.reader(file))
     assert rows[0] == ['path', 'problem'] and sorted(path for path, _ in rows[1:]) == bad

@@ -20,7 +20,9 @@ from timm_mobileformer.cli import main
 from timm_mobileformer.cli.batches import Kept
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.data import open_data
-from timm_mobileformer.cli.images import SUFFIXES, ImageDataset, check_images, decode, read_crop, read_image
+from timm_mobileformer.cli.dataset import ImageDataset, read_crop
+from timm_mobileformer.cli.image_checks import check_images
+from timm_mobileformer.cli.images import SUFFIXES, decode, read_image
 from timm_mobileformer.cli.metadata import describe
 
 y, x = np.mgrid[:24, :32]
@@ -275,7 +277,7 @@ def test_a_crop_of_a_large_jpeg_is_that_of_the_whole_decoded_no_larger_than_need
     exif[274] = orientation
     smooth(1203, 901).save(tmp_path / 'picture.jpg', exif=exif, quality=95)
     decoded = []
-    monkeypatch.setattr('timm_mobileformer.cli.images.decode',
+    monkeypatch.setattr('timm_mobileformer.cli.dataset.decode',
                         lambda image, *args: decoded.append(image.size) or decode(image, *args))
     divisors = set()
     for size in (32, 36), (96, 72), (224, 224):

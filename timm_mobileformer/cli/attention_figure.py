@@ -12,7 +12,8 @@ from timm_mobileformer.attention import BridgeAttention, attention_maps
 
 from .console import progress
 from .files import atomic_dir, save_figure
-from .images import check_images, read_image
+from .image_checks import check_images
+from .images import read_image
 from .load import class_names, load_mobileformer, reading_options
 
 if TYPE_CHECKING:

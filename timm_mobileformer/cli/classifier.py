@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .console import InputError, progress, reason
 from .formats import open_onnx
-from .images import decode, try_to_read
+from .image_checks import try_to_read
+from .images import decode
 from .load import class_names, load_model, pick_device, read_names
 from .metadata import ExportMetadata, describe, is_raw, make_transform, read_metadata
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from .console import InputError, abbreviate, quote
+from .dataset import ImageDataset
 from .duplicates import identical_files
 from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, relative, split_of
-from .images import ImageDataset
 from .tables import read_labels
 
 __all__ = ['BAD_IMAGES', 'Data', 'ImageScan', 'find_labels', 'open_data']

@@ -13,7 +13,7 @@ from .data import find_labels
 from .digits import folder_or_digits
 from .folders import Labelled, contents, split_of
 from .heap import keep_heap
-from .images import try_to_read
+from .image_checks import try_to_read
 from .labelled import TrainingData, match_classes, training_data
 from .report import Scores, join, score, write_report
 from .run_state import claim

@@ -18,10 +18,11 @@ from torchvision.transforms import Compose
 
 from .console import InputError, abbreviate, progress, quiet_unless_it_fails, quote, reason
 from .data import BAD_IMAGES, ImageScan, open_data
+from .dataset import ImageDataset
 from .digits import folder_or_digits
 from .files import atomic_dir
 from .formats import FORMATS, Run, load_raw
-from .images import ImageDataset, check_images
+from .image_checks import check_images
 from .labelled import TrainingData, match_classes, training_data
 from .load import class_names, load_model, reading_options
 from .metadata import ExportMetadata, describe, to_pixels, write_metadata

@@ -31,7 +31,8 @@ from .data import BAD_IMAGES, Data, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
 from .heap import keep_heap
-from .images import check_images, read_image
+from .image_checks import check_images
+from .images import read_image
 from .load import (
     HAVE_WEIGHTS,
     find_model,
