@@ -292,7 +292,7 @@ def test_a_crop_of_a_large_jpeg_is_that_of_the_whole_decoded_no_larger_than_need
             random.seed(seed)
             shape = (901, 1203) if orientation < 5 else (1203, 901)
             *_, height, width = crop.get_params(torch.empty(shape), crop.scale, crop.ratio)
-            divisor = round(1203 / decoded[-2][0])
+            divisor = round(1203 / decoded[-1][0])
             divisors.add(divisor)
             detail = min(height / size[0], width / size[1]) / divisor
             assert (detail >= 2 or divisor == 1) and (detail < 4 or divisor == 8)
