@@ -1,4 +1,4 @@
-"""Layers of the network that are not the paper's, and what reparameterization and tracing need."""
+"""Building blocks shared by all parts of the network, and helpers for reparameterization and tracing."""
 import torch
 import torch.nn as nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval

@@ -15,7 +15,8 @@ Original code: https://github.com/AAboys/MobileFormer
 
 Two streams run in parallel: a local feature map ``x: (B, C, H, W)`` and a few global tokens ``z: (B, M, d)``. Each
 block passes them through the paper's four parts in this order (Fig. 3): Mobile->Former, Former, Mobile, Mobile<-Former.
-Where the paper and the authors' code differ, the implementation follows the code, so that their checkpoints load.
+Where the paper and the authors' code differ, the implementation follows the code, so that their checkpoints load: the
+tokens are gated in Mobile->Former, and Former projects the queries only.
 """
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union

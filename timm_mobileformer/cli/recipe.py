@@ -12,7 +12,8 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Print the path of a recipe for timm's train.py; without a name, the names:\n\n"
-        '  python train.py --config "$(timm-mobileformer recipe finetune)" --model mobileformer_52m --data-dir DIR …')
+        '  python train.py --config "$(timm-mobileformer recipe finetune)" \\\n'
+        '      --model mobileformer_52m --pretrained --num-classes N --data-dir DIR')
     parser.add_argument('name', nargs='?', metavar='NAME')
 
 
