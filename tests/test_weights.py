@@ -22,6 +22,7 @@ from authors import author_state_dict
 from drive_server import QUOTA, Drive, serve
 from hub_server import serve as serve_hub
 from huggingface_hub import constants
+from PIL import Image
 from test_hub import ROOT, VARIANTS, Result, digest, environment, run
 from test_hub import clients as clients  # a fixture
 from timm.models import save_for_hf
@@ -337,6 +338,8 @@ def test_one_command_publishes_from_the_authors_links_and_goes_on_where_it_was_s
 def test_the_first_block_of_the_readme_runs_again_with_both_servers_stopped(running, authors, tmp_path):
     block = (ROOT / 'README.md').read_text().partition('```python\n')[2].partition('```')[0]
     assert "timm.create_model('mobileformer_294m', pretrained=True)" in block
+    Image.new('RGB', (300, 400)).save(tmp_path / 'IMAGE.jpg')
+    block = f'import os; os.chdir({str(tmp_path)!r})\n{block}'
     with serve_hub(tmp_path / 'hub') as hub:
         running.files, running.ways = dict(authors), {}
         first = run(hub, tmp_path / 'home', '-c', block, **running.env)
