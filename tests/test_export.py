@@ -276,7 +276,8 @@ def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, tmp_path,
         torch.testing.assert_close(probabilities, wanted.softmax(1)[0], atol=0.01 if is_raw else 1e-4, rtol=0)
         percent, name = capsys.readouterr().out.splitlines()[0].split(maxsplit=1)
         assert name == f'class {wanted.argmax()}'
-        assert float(percent.strip('%')) == pytest.approx(100 * wanted.softmax(1).max(), abs=1 if is_raw else 0.02)
+        greatest = 100 * wanted.softmax(1).max().item()
+        assert float(percent.strip('%')) == pytest.approx(greatest, abs=1 if is_raw else 0.02)
 
 
 @needs('onnx')

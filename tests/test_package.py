@@ -19,7 +19,8 @@ def test_the_wheel_holds_all_that_is_used_and_nothing_else(tmp_path):
     wheel, = tmp_path.iterdir()
     assert wheel.name == f'timm_mobileformer-{timm_mobileformer.__version__}-py3-none-any.whl'
     package = ROOT / 'timm_mobileformer'
-    used = [package / 'py.typed', *package.glob('*.py'), *package.glob('cli/*.py'), *package.glob('recipes/*.yaml')]
+    used = [package / 'py.typed', *package.glob('*.py'), *package.glob('cli/*.py'), *package.glob('recipes/*.yaml'),
+            *(package / 'web').iterdir()]
     held = [name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name]
     assert sorted(held) == sorted(str(path.relative_to(ROOT)) for path in used)
 
