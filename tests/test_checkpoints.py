@@ -135,7 +135,7 @@ def test_the_tensors_have_the_names_of_the_model_that_is_given(wrap, num_classes
 
 def test_a_features_only_model_takes_what_it_has_a_place_for():
     model, tensors = timm.create_model(f'mobileformer_{SMALL}', features_only=True), author_state_dict(SMALL)
-    with pytest.raises(RuntimeError, match='surplus: classifier.conv.1.weight'):
+    with pytest.raises(RuntimeError, match='unexpected: classifier.conv.1.weight'):
         checkpoint_filter_fn(tensors, model)
     assert not model.load_state_dict(checkpoint_filter_fn(tensors, model, strict=False), strict=False).missing_keys
 
@@ -175,21 +175,21 @@ def test_a_missing_classifier_is_named():
     refuse(tensors, 'missing', 'classifier')
 
 
-def test_a_surplus_tensor_is_named():
+def test_an_unexpected_tensor_is_named():
     refuse({**author_state_dict(SMALL), 'features.9.conv1.0.weight': torch.zeros(1)},
-           'surplus', 'features.9.conv1.0.weight')
+           'unexpected', 'features.9.conv1.0.weight')
 
 
-def test_a_misshaped_tensor_is_named_with_both_shapes():
+def test_a_size_mismatch_is_named_with_both_shapes():
     tensors = author_state_dict(SMALL)
     tensors['features.0.conv.0.weight'] = torch.zeros(24, 1, 5, 5)
-    refuse(tensors, 'misshaped', '(24, 1, 5, 5)', '(24, 1, 3, 3)')
+    refuse(tensors, 'size mismatch', '(24, 1, 5, 5)', '(24, 1, 3, 3)')
 
 
-def test_a_misshaped_tensor_has_the_name_that_the_checkpoint_gives_it():
+def test_a_size_mismatch_has_the_name_in_the_checkpoint():
     tensors = author_state_dict(SMALL)
     tensors['features.1.local_global.alpha.0.weight'] = torch.zeros(11, 128)
-    refuse(tensors, 'misshaped', 'features.1.local_global.alpha.0.weight (11, 128) instead of (12, 128)')
+    refuse(tensors, 'size mismatch', 'features.1.local_global.alpha.0.weight (11, 128) instead of (12, 128)')
 
 
 @pytest.mark.parametrize('lenient', [dict(features_only=True), dict(pretrained_strict=False)])
@@ -197,27 +197,27 @@ def test_a_backbone_without_head_loads_where_timm_asks_for_no_more(lenient, capl
     backbone = {k: v for k, v in author_state_dict(SMALL).items() if not k.startswith('classifier.')}
     overlay = dict(state_dict={**backbone, 'decoder.weight': torch.zeros(1)})
     model = timm.create_model(f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=overlay, **lenient)
-    assert 'missing: classifier.' in caplog.text and 'surplus: decoder.weight' in caplog.text
+    assert 'missing: classifier.' in caplog.text and 'unexpected: decoder.weight' in caplog.text
     tokens = getattr(model, 'model', model).tokens
     torch.testing.assert_close(tokens.double(), backbone['tokens.weight'].double(), rtol=1e-6, atol=1e-6)
     overlay['state_dict']['features.0.conv.0.weight'] = torch.zeros(24, 1, 5, 5)
-    with pytest.raises(RuntimeError, match='misshaped'):
+    with pytest.raises(RuntimeError, match='size mismatch'):
         timm.create_model(f'mobileformer_{SMALL}', pretrained=True, pretrained_cfg_overlay=overlay, **lenient)
 
 
 @pytest.mark.parametrize('other', [v for v in VARIANTS if v != SMALL])
 def test_the_checkpoint_of_another_variant_is_refused(other):
-    refuse(author_state_dict(other), 'misshaped')
+    refuse(author_state_dict(other), 'size mismatch')
 
 
 def test_a_checkpoint_of_ours_that_does_not_fit_is_refused():
     tensors = timm.create_model('mobileformer_52m').state_dict()
     del tensors['tokens']
-    refuse(tensors, 'missing: tokens', 'misshaped')
+    refuse(tensors, 'missing: tokens', 'size mismatch')
 
 
 def test_a_foreign_checkpoint_is_refused():
-    refuse(timm.create_model('resnet18').state_dict(), 'missing', 'final_conv.', 'surplus', 'bn1.bias', ' more')
+    refuse(timm.create_model('resnet18').state_dict(), 'missing', 'final_conv.', 'unexpected', 'bn1.bias', ' more')
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

@@ -187,7 +187,7 @@ def test_all_exports_for_what_is_installed_and_names_the_rest(copied, finetuned,
     assert 'left out: aoti needs a C++ compiler: install g++' in printed
 
 
-# A file says how it is used
+# Metadata
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

@@ -260,7 +260,7 @@ def test_missing_weights_give_one_error_with_the_repository_the_reason_and_ways_
     reasons = {
         'missing': 'does not exist', 'private': 'is private', 'forbidden': '403', 'dropped': '', 'trouble': '503',
         'empty': 'it holds no model.safetensors', 'empty@nope': 'no such revision', 'truncated': 'damaged',
-        'foreign': 'surplus: bn1.bias', 'code': 'refused',
+        'foreign': 'unexpected: bn1.bias', 'code': 'refused',
     }
     results = clients(tmp_path / 'jobs', {
         name: load('mobileformer_26m', cache=tmp_path / name, token='hf_reader' if name == 'private' else '',
@@ -409,9 +409,9 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
     (tmp_path / 'truncated.pth').write_bytes((checkpoints / '26m.pth.tar').read_bytes()[:100_000])
     shutil.copy(checkpoints / '26m.pth.tar', tmp_path / 'ema.pth')
     for name, tensors in {
-        'surplus': {**good, 'extra': torch.zeros(3)},
+        'unexpected': {**good, 'extra': torch.zeros(3)},
         'missing': {k: v for k, v in good.items() if k != 'stem.1.running_var'},
-        'misshaped': {**good, 'tokens.weight': torch.zeros(4, 128)},
+        'mismatch': {**good, 'tokens.weight': torch.zeros(4, 128)},
         'nan': {**good, 'features.3.conv2.0.weight': good['features.3.conv2.0.weight'] / 0.},
         'explodes': {**good, 'classifier.fc.0.weight': good['classifier.fc.0.weight'] * 1e38},
         'classes': {**good, 'classifier.classifier.1.weight': good['classifier.classifier.1.weight'][:7],
@@ -425,8 +425,9 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
         path.parent.mkdir(exist_ok=True)
         torch.save(tensors, path)
     reasons = {
-        'surplus': 'surplus: extra', 'missing': 'missing: stem.1.running_var', 'misshaped': 'tokens.weight (4, 128)',
-        'nan': 'NaN or infinity in stages.1.1', 'explodes': 'answers NaN', 'classes': '7 classes', 'other': 'misshaped',
+        'unexpected': 'unexpected: extra', 'missing': 'missing: stem.1.running_var',
+        'mismatch': 'tokens.weight (4, 128)', 'other': 'size mismatch',
+        'nan': 'NaN or infinity in stages.1.1', 'explodes': 'answers NaN', 'classes': '7 classes',
         'list': 'no named tensors', 'bomb': 'would execute code', 'truncated': 'damaged', 'ema': 'no averaged weights',
         'absent': 'no such file',
     }

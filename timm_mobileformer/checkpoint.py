@@ -1,6 +1,6 @@
 """Conversion of checkpoints from the authors' parameter names to ours.
 
-The authors' code (https://github.com/AAboys/MobileFormer) has the same tensors under other names.
+The authors' implementation (https://github.com/AAboys/MobileFormer) has the same tensors under different names.
 """
 import logging
 from typing import Any, Dict, Iterable
@@ -13,7 +13,7 @@ __all__ = ['CheckpointMismatchError', 'checkpoint_filter_fn']
 
 _logger = logging.getLogger(__name__)
 
-# Our module names and the authors'.
+# Module names: ours -> the authors'.
 _MODEL = {
     'stem.conv': 'stem.0',
     'stem.bn': 'stem.1',
@@ -27,7 +27,7 @@ _MODEL = {
     'head_hidden.bn': 'classifier.fc.1',
     'classifier': 'classifier.classifier.1',
 }
-# The same within a block: `stages.S.B` in ours, `features.I` in theirs, which numbers the blocks of all stages.
+# The same within a block: ours are `stages.S.B`, theirs `features.I`, numbered across all stages.
 _BLOCK = {
     # lite bottleneck
     'conv1.conv': 'conv.0',
@@ -46,7 +46,7 @@ _BLOCK = {
     'former.fc1': 'global_block.ffn.0',
     'former.fc2': 'global_block.ffn.2',
     'former.norm2': 'global_block.ffn_norm',
-    # Mobile; a dynamic ReLU has the number of the convolution before it
+    # Mobile; a dynamic ReLU is numbered like the preceding convolution
     **{f'mobile.conv{i}.conv': f'conv{i}.0' for i in (1, 2, 3, 4)},
     **{f'mobile.conv{i}.bn': f'conv{i}.1' for i in (1, 2, 3, 4)},
     **{f'mobile.act{i}.fc1': f'hyper{i}.hyper.0' for i in (1, 2, 3)},
@@ -72,13 +72,13 @@ def _names_in(state: Iterable[str]) -> Dict[str, str]:
     names = {name.replace('_orig_mod.', ''): name for name in state}
     prefix = next((name.removesuffix('stem.bn.weight') for name in names if name.endswith('stem.bn.weight')), None)
     if prefix is None:
-        raise TypeError('checkpoints are made to fit a Mobile-Former as create_model returns it, before '
+        raise TypeError('a checkpoint can only be converted for a Mobile-Former as create_model returns it, before '
                         'reparameterize_model; pass that model')
     return {name.removeprefix(prefix): full for name, full in names.items() if name.startswith(prefix)}
 
 
 def _authors_names(keys: Iterable[str]) -> Dict[str, str]:
-    """Map our tensor names, given in the order of the network, to the authors'."""
+    """Map our tensor names, given in network order, to the authors'."""
     names: Dict[str, str] = {}
     blocks: Dict[str, int] = {}
     for key in keys:
@@ -102,16 +102,18 @@ def checkpoint_filter_fn(
         model: nn.Module,
         strict: bool = True,
 ) -> Dict[str, torch.Tensor]:
-    """Convert a checkpoint in the authors' layout or in ours to ours, and check that it matches the model.
+    """Convert a checkpoint to our parameter names and check that it matches the model.
 
-    The number of classes and of image channels may differ; timm adapts these.
+    Checkpoints with the authors' parameter names and with ours are accepted.
+
+    The numbers of classes and of input channels may differ; timm adapts them.
 
     Args:
         state_dict: State dict, or a training checkpoint that contains one.
         model: Model to load the checkpoint into, before `reparameterize_model`; it may be wrapped, compiled or part of
             another model.
-        strict: Raise an error also for missing and unexpected tensors, instead of logging a warning. A model with
-            `features_only` has no head, to which some tensors of a checkpoint belong.
+        strict: Raise an error for missing and unexpected tensors, too, instead of logging a warning. Use False for a
+            model with `features_only`, which has no head.
 
     Returns:
         The state dict with the names of `model.state_dict()`.
@@ -136,15 +138,15 @@ def checkpoint_filter_fn(
 
     problems = {
         'missing': [names[k] for k in target if k not in out],
-        'surplus': [k for k in out if k not in names],
-        'misshaped': [
+        'unexpected': [k for k in out if k not in names],
+        'size mismatch': [
             f'{names[k]} {tuple(out[k].shape)} instead of {tuple(v.shape)}' for k, v in target.items()
             if k in out and out[k].shape != v.shape and not k.startswith(('classifier.', 'stem.conv.'))
         ],
     }
     found = {kind: f'{kind}: {_name_some(names)}' for kind, names in problems.items() if names}
     message = f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(found.values())
-    if strict and found or 'misshaped' in found:
+    if strict and found or 'size mismatch' in found:
         raise CheckpointMismatchError(message)
     if found:
         _logger.warning(message)
