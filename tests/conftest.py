@@ -23,7 +23,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits inside scikit-learn, in class folders."""
-    pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
+    pytest.importorskip('sklearn', reason='scikit-learn has the digits')
     from timm_mobileformer.cli.digits import write_digits
 
     folder = tmp_path_factory.mktemp('digits')
@@ -34,8 +34,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='session')
 def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, str]:
     """A folder in which `timm-mobileformer finetune` ran, on the digits in few epochs, and what it printed."""
-    pytest.importorskip('sklearn', reason='scikit-learn brings the digits')
-    pytest.importorskip('matplotlib', reason='matplotlib draws the pictures')
+    pytest.importorskip('sklearn', reason='scikit-learn has the digits')
+    pytest.importorskip('matplotlib', reason='matplotlib draws the figures')
     folder = tmp_path_factory.mktemp('trained')
     done = subprocess.run([sys.executable, '-m', 'timm_mobileformer', 'finetune', '--epochs', '4', '--lr', '2e-3'],
                           cwd=folder, capture_output=True, text=True)

@@ -78,8 +78,8 @@ def test_table_and_plot(tmp_path, capsys):
                         '--output', tmp_path / 'new' / 'folder')
     table = (tmp_path / 'new' / 'folder' / 'table.md').read_text(encoding='utf-8')
     printed = capsys.readouterr().out
-    assert table in printed and 'not in the plot: test_mobileformer\n' in printed and 'in place of' not in printed
-    assert 'latencies at 64 × 64 pixels over accuracies at 224 × 224, as published' in printed
+    assert table in printed and 'not in the plot: test_mobileformer\n' in printed and 'replacing' not in printed
+    assert 'latencies are for images of 64 × 64 pixels, published accuracies for 224 × 224' in printed
     assert torch.__version__ in table and timm.__version__ in table and 'batch of 2' in table
     header, _, *lines = [line.strip('| ').split(' | ') for line in table.splitlines() if line.startswith('|')]
     assert [line[0] for line in lines] == [
@@ -102,7 +102,7 @@ def test_an_earlier_result_is_replaced_as_a_whole_and_with_a_remark(tmp_path, ca
     for name in 'table.md', 'plot.png':
         (tmp_path / name).write_text('of before')
     assert not run_here('--model', 'test_mobileformer', '--runtimes', 'eager', '--rounds', 2, '--output', tmp_path)
-    assert f'written to {tmp_path}: table.md, in place of those of an earlier run' in capsys.readouterr().out
+    assert f'written to {tmp_path}: table.md, replacing those of an earlier run' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ['table.md']  # no plot without a published accuracy
 
 
@@ -119,7 +119,7 @@ def test_plots_of_any_number_of_models_have_ticks_and_every_name_apart_from_the_
     benchmark_figure.draw(rows, 'a heading', tmp_path / 'plot.png')
     figure, = figures
     figure.draw_without_rendering()
-    assert 'latencies at 8 × 8 pixels over accuracies at 224 × 224' in figure.get_suptitle()
+    assert 'latencies are for images of 8 × 8 pixels, published accuracies for 224 × 224' in figure.get_suptitle()
     axes, = figure.axes
     low, high = axes.get_xlim()
     assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2

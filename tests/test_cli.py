@@ -94,7 +94,7 @@ assert not {{'torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'huggingface_hub'}} 
     (('publish', '--all', '--validate-only'), "--validate-only needs the folder of ImageNet's validation images"),
     (('weights', '--all', '--checkpoint', __file__), 'give NAME, NAME --checkpoint FILE, or --all'),
     (('publish', '--all', '.', '--repo-id', 'a/b'), '--repo-id names one repository, --all needs --namespace'),
-    (('recipe', 'mobileformer_1m'), 'there is no recipe mobileformer_1m; these are: finetune, mobileformer_151m'),
+    (('recipe', 'mobileformer_1m'), 'there is no recipe mobileformer_1m; available recipes: finetune, '),
 ])
 def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):
     assert wanted in refused(capsys, *args)

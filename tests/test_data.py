@@ -294,7 +294,7 @@ def test_all_images_that_cannot_be_used_are_listed_in_a_file(tmp_path, capsys):
     assert not main([*map(str, settings), '--skip-bad-images'])
     out = capsys.readouterr().out
     assert '7 images cannot be used, and are left out: ' in out and 'bad_images.csv' in out.splitlines()[-2]
-    assert sum(map(int, re.search('([0-9]+) images to train on, ([0-9]+) ', out).groups())) == 17
+    assert sum(map(int, re.search('([0-9]+) training and ([0-9]+) validation images', out).groups())) == 17
 
 
 def test_without_one_good_image_of_a_class_nothing_is_trained(tmp_path):

@@ -244,7 +244,7 @@ def test_a_finetuned_model_is_measured_on_what_it_was_not_trained_on(work, tmp_p
     trained = line(finetune(work / 'images'), 'validation set: top-1')
     for args in (), ('--data-dir', work / 'images'):  # the folder has no split, and most of it was trained on
         printed = evaluate(*args)
-        assert line(printed, 'validation set of its training: top-1').split(':')[1] == trained.split(':')[1]
+        assert line(printed, 'validation set of the training: top-1').split(':')[1] == trained.split(':')[1]
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     for name in names - {'classes.csv', 'metrics.json'}:  # the first says how many were trained on, too
         assert (tmp_path / 'run' / name).read_bytes() == (tmp_path / 'out' / name).read_bytes(), name
@@ -261,7 +261,7 @@ def test_a_finetuned_model_is_measured_on_what_it_was_not_trained_on(work, tmp_p
 
     shutil.rmtree(tmp_path / 'run')
     shutil.rmtree(tmp_path / 'data' / 'val')
-    assert 'the best epoch was chosen on the images of test' in finetune(tmp_path / 'data')
+    assert 'the best epoch was selected on the test set' in finetune(tmp_path / 'data')
 
 
 def test_an_exported_file_is_measured_as_its_model(run, work, tmp_path, capsys):

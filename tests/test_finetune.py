@@ -137,7 +137,7 @@ def top1_by_epoch(folder):
 
 def test_the_digits_are_learnt_without_a_folder_from_the_first_epochs_on(finetuned, digits):
     folder, printed = finetuned
-    assert '1,437 images to train on, 360 for validation' in printed
+    assert '1,437 training and 360 validation images' in printed
     assert len(re.findall(r'^epoch ', printed, re.MULTILINE)) == 4
     output = folder / 'output' / 'finetune'
     assert os.listdir(folder) == ['output'] and {f.name for f in output.iterdir()} == FILES
@@ -196,7 +196,7 @@ def test_a_hundred_photographs_are_learnt_in_three_epochs(tmp_path, capsys):
     assert not run_here('--data-dir', tmp_path / 'pieces', '--model', 'test_mobileformer', '--img-size', 32,
                         '--epochs', 3, '--device', 'cpu', '--workers', 0, '--output', tmp_path / 'out')
     printed = capsys.readouterr().out
-    assert '80 images to train on, 20 for validation' in printed
+    assert '80 training and 20 validation images' in printed
     assert 'an epoch is 8 passes over the images in 20 batches of up to 32' in printed
     assert top1_printed(printed) >= 80  # by a model for tests, of chance 50
 
@@ -231,16 +231,16 @@ def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path
     assert (tmp_path / 'other' / 'model.safetensors').read_bytes() != (part / 'model.safetensors').read_bytes()
 
 
-def test_a_run_is_resumed_as_it_was_and_on_the_same_pictures(tmp_path, shapes, capsys):
+def test_a_run_is_resumed_as_it_was_and_on_the_same_images(tmp_path, shapes, capsys):
     out = tmp_path / 'out'
     assert not run_here('--data-dir', shapes, *TINY, '--output', out)
     assert '--lr' in refused(capsys, '--resume', out, '--lr', 1)
-    assert 'no run to go on with' in refused(capsys, '--resume', shapes)
+    assert 'has no run to resume' in refused(capsys, '--resume', shapes)
     shapes.rename(tmp_path / 'moved')
     assert f'no such folder: {shapes}' in refused(capsys, '--resume', out)
     assert not run_here('--resume', out, '--data-dir', tmp_path / 'moved')  # all epochs are there: the report alone
     next((tmp_path / 'moved' / 'val').rglob('*.png')).unlink()
-    assert 'other pictures' in refused(capsys, '--resume', out, '--data-dir', tmp_path / 'moved')
+    assert 'other images' in refused(capsys, '--resume', out, '--data-dir', tmp_path / 'moved')
     (out / 'last.pth.tar').write_bytes((out / 'last.pth.tar').read_bytes()[:1000])
     assert 'damaged' in refused(capsys, '--resume', out, '--data-dir', tmp_path / 'moved')
     assert 'is not empty' in refused(capsys, '--data-dir', tmp_path / 'moved', *TINY, '--output', out)
@@ -262,11 +262,11 @@ def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path, shapes, ca
     settings = ('--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
     with subprocess.Popen(command(*settings, '--epoch-repeats', 10000, '--workers', 1), stdout=subprocess.PIPE,
                           text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'}) as first:
-        next(line for line in first.stdout if 'images to train on' in line)
+        next(line for line in first.stdout if 'training and ' in line)
         for named in settings, ('--resume', tmp_path / 'out'):
             assert f'another run is writing to {tmp_path / "out"}' in refused(capsys, *named)
         first.kill()  # before its first epoch ends
-    assert 'no run to go on with' in refused(capsys, '--resume', tmp_path / 'out')
+    assert 'has no run to resume' in refused(capsys, '--resume', tmp_path / 'out')
     assert not run_here(*settings)
     assert {f.name for f in (tmp_path / 'out').iterdir()} == FILES
 
@@ -479,5 +479,5 @@ def test_without_the_demo_extra_it_says_what_to_install(tmp_path, shapes, capsys
         monkeypatch.setitem(sys.modules, package, None)
     assert "pip install 'timm_mobileformer[demo]'" in refused(capsys, *TINY, '--output', tmp_path / 'digits')
     assert not run_here('--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
-    assert "no pictures will be drawn: pip install 'timm_mobileformer[demo]'" in capsys.readouterr().out
+    assert "no figures will be drawn: pip install 'timm_mobileformer[demo]'" in capsys.readouterr().out
     assert {f.name for f in (tmp_path / 'out').iterdir()} == FILES - FIGURES

@@ -17,7 +17,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.models import save_for_hf
 
 from timm_mobileformer.cli import main
-from timm_mobileformer.cli.batches import Kept
+from timm_mobileformer.cli.batches import CachedBatches
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.dataset import ImageDataset, read_crop
@@ -320,7 +320,7 @@ def test_validation_images_are_read_once_if_memory_holds_them(tmp_path):
     dataset = ImageDataset([(str(tmp_path / f'{i}.jpg'), i) for i in range(3)])
     loader: Any = create_loader(dataset, (3, 32, 32), 2, num_workers=0, device=torch.device('cpu'))
     wanted, batches = list(loader), loader.loader
-    kept, not_kept = Kept(batches), Kept(batches, budget=3 * 3 * 32 * 32 - 1)
+    kept, not_kept = CachedBatches(batches), CachedBatches(batches, budget=3 * 3 * 32 * 32 - 1)
     for loader.loader in kept, not_kept:
         assert all(torch.equal(a, b) for got, want in zip(loader, wanted, strict=True)
                    for a, b in zip(got, want, strict=True))

@@ -57,7 +57,7 @@ def test_every_picture_in_a_folder_gets_a_row_also_one_that_cannot_be_read(run, 
     assert [row['path'] for row in rows] == [
         'photos/cut.jpg', 'photos/rotated.jpg', os.path.join(deep, '1.png'), os.path.join(deep, '2.JPG')]
     assert rows[0]['problem'] and not any(rows[0][key] for key in ('label', 'probability', 'label2', 'probability2'))
-    assert 'passed over: 1 .txt' in err and '1 of 4 pictures could not be read' in err
+    assert 'passed over: 1 .txt' in err and '1 of 4 images could not be read' in err
 
     model = timm.create_model('test_mobileformer', num_classes=4, checkpoint_path=work / 'weights.pth').eval()
     transform = create_transform(**resolve_model_data_config(model))
@@ -117,6 +117,6 @@ def test_an_exported_file_must_say_how_it_is_used(tmp_path, capsys):
     assert 'does not say how pictures become its input' in line and 'there are no input_size, interpolation, ' in line
     (tmp_path / 'damaged.onnx').write_text('no ONNX')
     assert main(['predict', str(tmp_path / 'a.png'), '--model', str(tmp_path / 'damaged.onnx')]) == 2
-    assert 'damaged.onnx cannot be read, it is damaged or no ONNX' in capsys.readouterr().err
+    assert 'damaged.onnx cannot be read: it is damaged or not an ONNX file' in capsys.readouterr().err
     assert main(['predict', str(tmp_path / 'a.png'), '--model', str(tmp_path / 'missing.onnx')]) == 2
     assert capsys.readouterr().err.startswith('error: no such file: ')

@@ -1,4 +1,4 @@
-"""The command timm-mobileformer. Every subcommand is a module here, see `options.parse`."""
+"""The command `timm-mobileformer`. For the structure of subcommands, see `options.parse`."""
 import io
 import os
 import signal
@@ -18,9 +18,9 @@ def _stop_at_once(*_: Any) -> NoReturn:
 
 @contextmanager
 def _stopping_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process during imports, which would turn it into errors of their own.
+    """Make Ctrl-C exit at once during imports, in which a KeyboardInterrupt may be turned into other errors.
 
-    Only the main thread may handle signals, and a handler of the calling program stays.
+    Nothing changes outside the main thread, or if the calling program has its own signal handler.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -37,10 +37,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: Its name and arguments; those of the process by default.
+        argv: Name and arguments of the subcommand, by default those of the process.
 
     Returns:
-        The exit status: 0, 1 where something is left to be desired, 2 where an input cannot be used, 130 after Ctrl-C.
+        The exit status: 0 on success, 1 on partial failure, 2 on an error, 130 after Ctrl-C.
     """
     with _stopping_at_once():
         from . import console, options
@@ -55,7 +55,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return run(args) or 0
     except KeyboardInterrupt as e:
         status, message = 130, f'interrupted{e}'
-    except BrokenPipeError:  # whoever reads, head for one, has enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (console.InputError, OSError, ModuleNotFoundError) as e:

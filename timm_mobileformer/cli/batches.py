@@ -1,4 +1,4 @@
-"""Batches of images to train on and to evaluate."""
+"""Batches of the training set and of the validation set."""
 import argparse
 import math
 from typing import Any, Iterator, List, Tuple
@@ -12,15 +12,23 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomS
 from .console import InputError
 from .data import Data
 
-__all__ = ['EvenBatches', 'Kept', 'make_loaders', 'set_batches']
+__all__ = ['CachedBatches', 'EvenBatches', 'make_loaders', 'set_batches']
 
-MIN_BATCHES = 20  # in an epoch
+MIN_BATCHES = 20  # per epoch
 
 
 def set_batches(args: argparse.Namespace, num_images: int) -> str:
-    """Choose the batch size and the passes over the images in an epoch where they are not named; returns them in words.
+    """Fill in the options `batch_size` and `epoch_repeats` if they are None.
 
-    A few dozen images in one pass would be a single step. Passes are added until an epoch has `MIN_BATCHES`.
+    One pass over a few dozen images would be a single step, so small training sets are repeated until an epoch has
+    `MIN_BATCHES` batches.
+
+    Args:
+        args: Options of the run.
+        num_images: Size of the training set.
+
+    Returns:
+        A description to print.
     """
     args.batch_size = args.batch_size or (64 if num_images >= 64 * MIN_BATCHES else 32)
     args.epoch_repeats = args.epoch_repeats or math.ceil(MIN_BATCHES * args.batch_size / num_images)
@@ -30,11 +38,12 @@ def set_batches(args: argparse.Namespace, num_images: int) -> str:
 
 
 class EvenBatches(Sampler):
-    """Batches of nearly the same size, of all indices that a sampler gives.
+    """Batch sampler that distributes all indices over batches whose sizes differ by one at most.
 
     Args:
-        sampler: Gives indices of images.
-        batch_size: Images in a batch at most, as long as none has a single one, on which BatchNorm cannot be trained.
+        sampler: Sampler of the indices.
+        batch_size: Maximum size of a batch. It is exceeded rather than leave a batch with a single image, since
+            BatchNorm cannot be trained on one.
     """
 
     def __init__(self, sampler: Any, batch_size: int) -> None:
@@ -49,14 +58,14 @@ class EvenBatches(Sampler):
         return self.num_batches
 
 
-class Kept:
-    """Batches that are the same every time: kept in memory once they are read, if they fit into it.
+class CachedBatches:
+    """Loader that keeps its batches in memory after the first pass, if they fit.
 
-    Validation images are read in full size, which takes longer than to train on as many.
+    Validation images are decoded at full size, which takes longer than a training step on as many images.
 
     Args:
-        loader: Yields images and targets.
-        budget: Bytes that the images may take up.
+        loader: Loader that yields the same images and targets in every pass.
+        budget: Maximum size of the cached images in bytes.
     """
 
     def __init__(self, loader: Any, budget: int = 2 ** 30) -> None:
@@ -72,7 +81,7 @@ class Kept:
         for images, targets in self.loader:
             size += images.nbytes
             if size <= self.budget:
-                batches.append((images.clone(), targets.clone()))  # those of workers are in shared memory
+                batches.append((images.clone(), targets.clone()))  # out of the workers' shared memory
             else:
                 batches.clear()
             yield images, targets
@@ -83,25 +92,31 @@ class Kept:
 
 
 def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Tuple[Any, Any]:
-    """Batches to train on and to evaluate; workers live for an epoch, whose seed theirs follow."""
+    """Create the loaders of the training set and of the validation set.
+
+    Workers are started anew in every epoch, so that their seeds follow from that of the epoch.
+
+    Raises:
+        InputError: timm does not know the AutoAugment policy `--aa`.
+    """
     settings = dict(resolve_model_data_config(model, vars(args)), device=device, num_workers=args.workers,
                     persistent_workers=False)
     try:
         train = create_loader(
-            data.train,  # type: ignore[arg-type]  # it asks for no more than a dataset with a transform
+            data.train,  # type: ignore[arg-type]  # any dataset with a transform works
             batch_size=args.batch_size, is_training=True, scale=args.scale, hflip=args.hflip, auto_augment=args.aa,
             **settings)
-    except AssertionError as e:  # timm knows no such policy
+    except AssertionError as e:  # from timm, for an unknown policy
         raise InputError(f'--aa {args.aa}: {e}') from e
     num_samples = args.epoch_repeats * len(data.train)
     sampler: Any = RandomSampler(data.train, num_samples=num_samples)
     if args.balanced:
         targets = torch.tensor([target for _, target in data.train.samples])
         sampler = WeightedRandomSampler((1 / targets.bincount())[targets].tolist(), num_samples)
-    train.loader = DataLoader(  # as timm's, which drops the last batch
+    train.loader = DataLoader(  # like timm's, which would drop the last batch
         data.train, batch_sampler=EvenBatches(sampler, args.batch_size), num_workers=args.workers,
         collate_fn=train.loader.collate_fn, worker_init_fn=train.loader.worker_init_fn)
     val: Any = create_loader(
         data.val, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
-    val.loader = Kept(val.loader)  # in 8 bits, before they are normalized
+    val.loader = CachedBatches(val.loader)  # images in uint8, not normalized yet
     return train, val

@@ -1,4 +1,4 @@
-"""Figure of benchmark: published accuracy over measured latency."""
+"""Plot of published accuracy over measured latency."""
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
 
@@ -17,20 +17,22 @@ __all__ = ['draw', 'other_sizes']
 
 
 def other_sizes(rows: Sequence['Row']) -> str:
-    """A remark if latencies are not those of the image size of the published accuracies; else ''."""
+    """Return a remark if latencies and published accuracies are for different image sizes, else ''."""
     sizes = [(row.x.shape[-1], quoted.size) for row in rows if (quoted := published(row.name))]
     if all(measured == scored for measured, scored in sizes):
         return ''
     measured, scored = (', '.join(f'{n} × {n}' for n in sorted(set(column))) for column in zip(*sizes, strict=True))
-    return f'latencies at {measured} pixels over accuracies at {scored}, as published: at the same size they are others'
+    return f'latencies are for images of {measured} pixels, published accuracies for {scored}'
 
 
 def draw(rows: Sequence['Row'], heading: str, path: Path) -> None:
-    """Draw published accuracy over measured latency, a panel for each runtime; fused where fusing changes a model.
+    """Draw published accuracy over measured latency, with one panel per runtime.
+
+    Models that fusing changes are shown fused.
 
     Args:
-        rows: Of models with a published accuracy.
-        heading: Where and by what was measured.
+        rows: Models with a published accuracy.
+        heading: Description of the device and the versions.
         path: File to write.
     """
     from matplotlib.figure import Figure
@@ -50,7 +52,7 @@ def draw(rows: Sequence['Row'], heading: str, path: Path) -> None:
                 frontier.append(name)
         end = 1.6 * max(high for _, _, high in latency.values())
         axes.step([*(latency[n][1] for n in frontier), end], [accuracy[n] for n in [*frontier, frontier[-1]]],
-                  where='post', color='0.88', linewidth=7, zorder=1, label='nothing faster is as accurate')
+                  where='post', color='0.88', linewidth=7, zorder=1, label='Pareto frontier')
         for names, style in (
                 ([n for n in latency if n in PAPER_TOP1], dict(fmt='o-', color='C3', label='Mobile-Former')),
                 ([n for n in latency if n not in PAPER_TOP1], dict(fmt='s', color='C0', label='other timm models')),
@@ -74,18 +76,18 @@ def draw(rows: Sequence['Row'], heading: str, path: Path) -> None:
         axes.tick_params(axis='x', labelsize=8)
     lowest, highest = min(accuracy.values()), max(accuracy.values())
     room = max(1, 0.1 * (highest - lowest))
-    panels[0].set_ylim(lowest - room, highest + room)  # which all panels share
+    panels[0].set_ylim(lowest - room, highest + room)  # shared by all panels
     panels[0].set_ylabel('ImageNet-1k top-1, % (as published)')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8,
                   frameon=False)
-    figure.draw_without_rendering()  # fixes the scales, which the labels are placed by
+    figure.draw_without_rendering()  # fixes the scales, on which the positions of the labels depend
     for axes, runtime in zip(panels, runtimes, strict=True):
         label(axes, {name: (row.latency(runtime)[1], accuracy[name]) for name, row in fastest.items()})
     save_figure(figure, path)
 
 
 def label(axes: 'Axes', points: Dict[str, Tuple[float, float]]) -> None:
-    """Write each model's name beside its latency and accuracy."""
+    """Label each point (latency, accuracy) with the name of its model."""
     from textalloc import allocate
 
     ours = sorted((y, x) for name, (x, y) in points.items() if name in PAPER_TOP1)

@@ -1,4 +1,4 @@
-"""Measure the cost of models beside each other: a table and a figure."""
+"""Compare the latency, training memory and size of models in a table and a figure."""
 import argparse
 import os
 import platform
@@ -38,7 +38,19 @@ __all__ = ['run']
 
 @dataclass
 class Row:
-    """A model, as trained or fused, and what it costs."""
+    """A model, as trained or fused, and its measurements.
+
+    Attributes:
+        name: Name in timm.
+        fused: Whether the model was changed by `timm.utils.reparameterize_model`.
+        model: The model.
+        x: Images of shape (B, C, H, W).
+        params: Number of parameters.
+        macs: Multiply-adds per image.
+        saved: Bytes per image that are kept for the backward pass; None for a fused model.
+        runs: Function for each runtime that runs the model once.
+        seconds: Measured times for each runtime.
+    """
     name: str
     fused: bool
     model: nn.Module
@@ -50,12 +62,15 @@ class Row:
     seconds: Dict[str, List[float]] = field(default_factory=dict)
 
     def latency(self, runtime: str) -> List[float]:
-        """Quartiles in milliseconds."""
+        """Return the quartiles of the latency in milliseconds."""
         return [1e3 * s for s in quantiles(self.seconds[runtime], n=4, method='inclusive')]
 
 
 def load(name: str, size: int, device: torch.device) -> nn.Module:
-    """A model with random weights whose activations are of ordinary size, since denormal numbers are slow."""
+    """Create a model with random weights on images of `size` pixels.
+
+    The statistics of BatchNorm are set so that activations have ordinary magnitudes, since denormal numbers are slow.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, device=device, **model_args(name, {'img_size': size}))
     momenta = {}
@@ -69,7 +84,7 @@ def load(name: str, size: int, device: torch.device) -> nn.Module:
     for m, momentum in momenta.items():
         m.momentum = momentum
     with torch.inference_mode():
-        model.eval()(images)  # some models keep what they compute only once
+        model.eval()(images)  # fills caches, such as those of attention biases
     return model
 
 
@@ -80,7 +95,7 @@ def make_rows(
         device: torch.device,
         memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[Row]:
-    """The model as trained and, if that is something else, fused."""
+    """Yield the model as trained and, if fusing changes it, fused."""
     model = load(name, size, device).to(memory_format=memory_format)
     images = torch.randn(max(batch, 4), 3, size, size, device=device).to(memory_format=memory_format)
     saved = saved_for_backward(load(name, size, device).to(memory_format=memory_format), images[:4])
@@ -94,7 +109,16 @@ def make_rows(
 
 
 def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
-    """One inference of the row's images in a runtime, ready to be called."""
+    """Prepare a model for a runtime.
+
+    Args:
+        row: Model and images.
+        runtime: Key of `RUNTIMES`.
+        threads: Number of threads of ONNX Runtime.
+
+    Returns:
+        A function that runs one inference on the images.
+    """
     model, x = row.model, row.x
     if runtime == 'onnx':
         import onnxruntime
@@ -102,7 +126,7 @@ def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter('ignore')
             path = os.path.join(folder, 'model.onnx')
-            torch.onnx.export(model, (x,), path, dynamo=False)  # a tenth of the time that the other exporter takes
+            torch.onnx.export(model, (x,), path, dynamo=False)  # ten times as fast as the other exporter
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
@@ -114,14 +138,14 @@ def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
 
 @contextmanager
 def many_compiled() -> Iterator[None]:
-    """All models of a family share the code of `forward`, and each is compiled for itself."""
+    """Raise the recompile limits of `torch.compile`, which count all models that share the code of `forward`."""
     with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
         yield
 
 
 @torch.inference_mode()
 def measure(rows: List[Row], rounds: int, device: torch.device) -> None:
-    """Time all rows in all their runtimes, in turns."""
+    """Measure the latency of all rows in all their runtimes, interleaved in random order."""
 
     def wait() -> None:
         if device.type != 'cpu':
@@ -137,7 +161,7 @@ def measure(rows: List[Row], rounds: int, device: torch.device) -> None:
     for _ in progress(range(rounds), 'measuring', unit='round'):
         shuffle(turns)
         for row, runtime in turns:
-            row.runs[runtime]()  # brings its weights into the caches
+            row.runs[runtime]()  # loads the weights into the caches
             wait()
             begin = time.perf_counter()
             row.runs[runtime]()
@@ -146,7 +170,7 @@ def measure(rows: List[Row], rounds: int, device: torch.device) -> None:
 
 
 def describe(device: torch.device, threads: int) -> str:
-    """Where was measured."""
+    """Return the name of the device and, for a CPU, the number of threads."""
     if device.type != 'cpu':
         return torch.get_device_module(device).get_device_name(device)
     found = re.search(r'Model name:\s*(.+)', get_cpu_info(run_command) or '')
@@ -155,7 +179,7 @@ def describe(device: torch.device, threads: int) -> str:
 
 
 def make_table(rows: List[Row], heading: str) -> str:
-    """The rows as a table in Markdown, and what its columns mean."""
+    """Return the rows as a Markdown table with an explanation of the columns."""
     runtimes = list(rows[0].runs)
     header = ['model', 'image', 'parameters, M', 'MACs, M', 'top-1, %', 'top-1 by']
     header += [f'{RUNTIMES[r]}, ms' for r in runtimes] + ['training, MB']
@@ -178,23 +202,27 @@ def make_table(rows: List[Row], heading: str) -> str:
 
 {table}
 
-- fused: after `timm.utils.reparameterize_model`; models without such a row are not changed by it.
+- fused: after `timm.utils.reparameterize_model`; it does not change models without such a row.
 - MACs: multiply-adds of convolutions and matrix products, half of what PyTorch's `FlopCounterMode` counts.
-- top-1: on ImageNet-1k, quoted and not measured here; from the paper (arXiv 2108.05895), or from timm's
-  `results/results-imagenet.csv` with the weights named; of images of the size named, whatever the size of the latency.
+- top-1: accuracy on ImageNet-1k, not measured here: from the paper (arXiv 2108.05895), or from timm's
+  `results/results-imagenet.csv` for the weights named; its image size may differ from that of the latency.
 - ms: median (quartiles) for the whole batch.
-- training: bytes kept for the backward pass for each image, parameters not included.
+- training: memory kept for the backward pass per image, without parameters.
 """
 
 
 def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """The rows of a model, ready to be measured."""
+    """Yield the rows of a model, ready to be measured.
+
+    Raises:
+        InputError: The images of the model are not square, and `--img-size` is not given.
+    """
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     published_at = PEERS[name][1] if name in PEERS else None
     cfg, _ = known_config(name)
     _, height, width = cfg['input_size']
     if height != width and not args.img_size:
-        raise InputError(f'its images are not square, {height} × {width}; name a size with --img-size')
+        raise InputError(f'its images are not square ({height} × {width}); choose a size with --img-size')
     size = args.img_size or published_at or width
     for row in make_rows(name, size, args.batch_size, device, memory_format):
         row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
@@ -217,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
         for name in progress(names, 'preparing', unit='model'):
             try:
                 rows += prepare(name, args, device)
-            except Exception as e:  # models fail in ways of their own
+            except Exception as e:  # models raise errors of many types
                 raise InputError(f'{name} cannot be measured: {reason(e)}') from e
         measure(rows, args.rounds, device)
         table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
@@ -229,8 +257,8 @@ def run(args: argparse.Namespace) -> None:
         (folder / 'table.md').write_text(table, encoding='utf-8')
         written = ', '.join(sorted(path.name for path in folder.iterdir()))
         earlier = [path for name in ('plot.png', 'table.md') if (path := args.output / name).exists()]
-        for path in earlier:  # one without the other would be of another run
+        for path in earlier:  # table and plot must be of the same run
             path.unlink()
     if left_out := list(dict.fromkeys(row.name for row in rows if row not in drawn)):
-        print(f'without a published accuracy, and so not in the plot: {", ".join(left_out)}')
-    print(f'written to {args.output}: {written}{", in place of those of an earlier run" if earlier else ""}')
+        print(f'without published accuracy, hence not in the plot: {", ".join(left_out)}')
+    print(f'written to {args.output}: {written}{", replacing those of an earlier run" if earlier else ""}')

@@ -1,4 +1,4 @@
-"""A model that classifies images, in PyTorch or in an exported ONNX file."""
+"""Classification of images with a PyTorch model or an exported ONNX file."""
 import argparse
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ __all__ = ['Classifier', 'as_classifier', 'open_classifier']
 
 
 class Attempts(Dataset):
-    """Images as tensors, or, for those that cannot be read, the reason."""
+    """Dataset of preprocessed images; an image that cannot be read is replaced by the error message."""
 
     def __init__(self, paths: Sequence[str], read: Any, transform: Any):
         self.paths = paths
@@ -38,10 +38,11 @@ class Classifier(NamedTuple):
     """A model and its preprocessing.
 
     Attributes:
-        transform: Makes a tensor of an image: (C, H, W), or (H, W, C) in uint8 and any size for a raw file.
-        run: Takes such tensors, returns logits (N, classes), or log-probabilities, on the CPU in float32.
-        label_names: Names of the classes, by index.
-        read: Makes an image of an opened file, as `decode`.
+        transform: Preprocessing of an image into a tensor (C, H, W); for a raw ONNX file, (H, W, C) in uint8 at the
+            original size.
+        run: Function from N such tensors to logits or log-probabilities (N, classes) in float32 on the CPU.
+        label_names: Class names, by index.
+        read: Function that decodes an opened image file, such as `decode`.
     """
     transform: Any
     run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -50,9 +51,14 @@ class Classifier(NamedTuple):
 
     @torch.inference_mode()
     def classify(self, paths: Sequence[str], args: argparse.Namespace) -> Iterator[Union[torch.Tensor, str]]:
-        """Logits (classes) of every image, or the reason why it cannot be read; in order.
+        """Classify image files, with a few batches in memory at a time.
 
-        No more than a few batches of preprocessed images are in memory at a time.
+        Args:
+            paths: Paths of the images.
+            args: Options `batch_size` and `workers`.
+
+        Yields:
+            For each image, its logits (classes), or an error message if it cannot be read.
         """
         loader = DataLoader(
             Attempts(paths, self.read, self.transform), args.batch_size, num_workers=args.workers,
@@ -66,21 +72,21 @@ class Classifier(NamedTuple):
 
 
 def make_reader(about: ExportMetadata) -> Callable[[Any], Any]:
-    """Return what makes an image of an opened file, as the description of a model says."""
+    """Return the function that decodes an opened image file with the color mode and white level of a model."""
     return partial(decode, mode=about['input_color'], white_level=about['input_white_level'])
 
 
 def open_onnx_file(args: argparse.Namespace) -> Classifier:
-    """The ONNX file that `--model` names, on the CPU.
+    """Open the ONNX file `args.model` on the CPU.
 
     Raises:
-        InputError: It cannot be read, or was not written by `timm-mobileformer export`.
+        InputError: The file cannot be read, or was not written by `timm-mobileformer export`.
     """
     path = Path(args.model)
     try:
         session = open_onnx(path)
-    except Exception as e:  # ONNX Runtime has kinds of its own
-        raise InputError(f'{path} cannot be read, it is damaged or no ONNX ({reason(e, 200)})') from e
+    except Exception as e:  # ONNX Runtime has its own exception types
+        raise InputError(f'{path} cannot be read: it is damaged or not an ONNX file ({reason(e, 200)})') from e
     about = read_metadata(session.get_modelmeta().custom_metadata_map, path)
 
     def answer(inputs: torch.Tensor) -> torch.Tensor:
@@ -98,7 +104,7 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
 
 
 def as_classifier(model: Any, label_names: List[str], device: torch.device, args: argparse.Namespace) -> Classifier:
-    """A model of timm on a device, with its preprocessing, which options such as `--img-size` may change."""
+    """Return a timm model on a device with its preprocessing, which options such as `--img-size` may change."""
     model.eval().to(device)
     about = describe(model, resolve_model_data_config(model, vars(args)), label_names)
     return Classifier(make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(),
@@ -106,10 +112,10 @@ def as_classifier(model: Any, label_names: List[str], device: torch.device, args
 
 
 def open_classifier(args: argparse.Namespace) -> Classifier:
-    """The model that `--model` and the options beside it name, see `load.load_model`, or an exported ONNX file.
+    """Open the model that `--model` and related options specify, see `load.load_model`, or an exported ONNX file.
 
     Raises:
-        InputError: There is no such model, it has no weights, or they do not fit.
+        InputError: The model does not exist, has no weights, or the weights do not fit.
     """
     if args.model.endswith('.onnx'):
         return open_onnx_file(args)

@@ -1,4 +1,4 @@
-"""Multiply-adds of a model, and the memory that its training keeps."""
+"""Multiply-adds and training memory of a model."""
 from typing import Dict
 
 import torch
@@ -10,24 +10,24 @@ __all__ = ['count_macs', 'saved_for_backward']
 
 
 def count_macs(model: nn.Module, x: torch.Tensor) -> float:
-    """Multiply-adds of the convolutions and matrix products for each image of a batch (B, C, H, W)."""
-    # PyTorch does not count the fused attention of CPUs
+    """Return the multiply-adds of convolutions and matrix products per image of a batch `x` of shape (B, C, H, W)."""
+    # FlopCounterMode does not count the fused attention kernel of CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(x)
     return counter.get_total_flops() / 2 / len(x)
 
 
 def saved_for_backward(model: nn.Module, x: torch.Tensor) -> float:
-    """Bytes for each image of a batch (B, C, H, W) that a training step keeps for its backward pass.
+    """Return the bytes per image of a batch `x` of shape (B, C, H, W) that are kept for the backward pass.
 
-    Parameters, buffers and the images themselves are there anyway and left out.
+    Parameters, buffers and the images themselves are not counted.
     """
-    there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    kept: Dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+    not_counted = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
+    kept: Dict[int, torch.UntypedStorage] = {}  # kept alive so that no address is reused
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in there:
+        if storage.data_ptr() not in not_counted:
             kept[storage.data_ptr()] = storage
         return t
 

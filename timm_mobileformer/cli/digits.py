@@ -1,4 +1,4 @@
-"""The default data set: the 1,797 handwritten digits of 8x8 pixels that are part of scikit-learn."""
+"""The default data set: the 1,797 handwritten digits of 8x8 pixels of scikit-learn."""
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ __all__ = ['folder_or_digits', 'write_digits']
 
 
 def write_digits(root: Path) -> None:
-    """Write the digits as class folders, `train/0` ... `validation/9`, with a fifth of every class for validation.
+    """Write the digits to class folders, `train/0` ... `validation/9`, with a fifth of every class for validation.
 
     Args:
         root: Folder to write to, created if it does not exist.
@@ -24,7 +24,7 @@ def write_digits(root: Path) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"{e}; pip install 'timm_mobileformer[demo]' brings the digits") from e
+        raise ModuleNotFoundError(f"{e}; pip install 'timm_mobileformer[demo]' installs it") from e
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0 ... 16
@@ -38,7 +38,7 @@ def write_digits(root: Path) -> None:
 
 @contextmanager
 def folder_or_digits(folder: Optional[Path]) -> Iterator[Path]:
-    """Return the data folder of a command, or if it is None, a temporary folder with the digits.
+    """Yield the data folder of a command or, if it is None, a temporary folder with the digits.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

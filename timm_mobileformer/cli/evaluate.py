@@ -12,18 +12,18 @@ from .options import (
     workers_option,
 )
 
-HELP = 'measure a model on labelled images'
+HELP = 'evaluate a model on labelled images'
 WORK = 'evaluation'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
-Measure a model on labelled images: top-1, top-5, mean over classes, per class, loss, calibration error, confusion
-matrix and mistakes.
+Evaluate a model on labelled images: top-1 and top-5 accuracy, mean accuracy over classes, precision and recall of each
+class, loss, calibration error, confusion matrix and mistakes.
 
-Of a folder with splits the test set is measured, or the validation set if there is no test set; of a folder that a
-finetuned model was trained on without a split, its validation set; of any other folder, all images. Classes are matched
-by name."""
+The images are the test set of a folder with splits, or its validation set if there is no test set; the validation set
+of the training, if a finetuned model was trained on the folder without splits; or else all images in the folder.
+Classes are matched by name."""
     folder_options(
         parser, 'folder with CLASS/…, or with test/CLASS/… or val/CLASS/… (default: the data of a finetuned model)')
     model_options(parser, required=True, note=', or an ONNX file written by export')

@@ -1,4 +1,4 @@
-"""Settings of the C library's heap."""
+"""Heap settings of glibc."""
 import ctypes
 import platform
 
@@ -8,10 +8,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_heap() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones; elsewhere, do nothing.
+    """Make glibc keep freed memory for later allocations; without glibc, do nothing.
 
-    By default it takes blocks of more than 32 MB from the system each time and gives them back, at the price of a page
-    fault for every 4 KB. Child processes inherit the setting. See docs/benchmark.md for what it changes.
+    By default, glibc maps blocks of more than 32 MB anew for each allocation, which costs a page fault for every 4 KB.
+    Child processes inherit the setting. Measurements are in docs/benchmark.md.
     """
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Labelled images to measure a model on: those of its training, and classes matched by name."""
+"""Labelled images for evaluation: the data set of a finetuned model, and classes matched by name."""
 import argparse
 from collections import Counter
 from pathlib import Path
@@ -15,15 +15,15 @@ __all__ = ['TrainingData', 'match_classes', 'training_data']
 
 
 class TrainingData(NamedTuple):
-    """Where a finetuned model has the images of its training and validation from."""
+    """The data set that a model was finetuned on."""
     data_dir: Optional[Path]
-    arguments: Dict[str, Any]  # of `open_data`
-    images: str  # their fingerprint
-    skip_bad_images: Optional[bool] = None  # whether those that cannot be read were left out
+    arguments: Dict[str, Any]  # for `open_data`
+    images: str  # `fingerprint` of the data set
+    skip_bad_images: Optional[bool] = None  # the option of this name
 
     @property
     def paths(self) -> List[Path]:
-        """What must still be there; nothing for the digits."""
+        """Paths of the data set, which must still exist; empty for the digits."""
         return [path for path in (self.data_dir, self.arguments.get('labels')) if path]
 
     @property
@@ -32,12 +32,12 @@ class TrainingData(NamedTuple):
         return self.data_dir or self.paths[0].parent if self.paths else None
 
     def choose(self, args: argparse.Namespace) -> None:
-        """Set the options of the data that were not given to those of the training."""
+        """Set the data options that were not given to those of the training."""
         options = {**self.arguments, 'skip_bad_images': self.skip_bad_images}
         vars(args).update({key: value for key, value in options.items() if getattr(args, key, None) is None})
 
     def open(self, root: Path) -> Optional[Data]:
-        """The training, validation and test set in a folder, if it holds the images that the model was trained on."""
+        """Open a folder as in training; None if it does not hold the images that the model was trained on."""
         try:
             data = open_data(root, **self.arguments)
         except InputError:
@@ -46,7 +46,7 @@ class TrainingData(NamedTuple):
 
 
 def training_data(model: str) -> Optional[TrainingData]:
-    """The data of a folder that finetune wrote; None for other models."""
+    """Return the data set of a model in a folder that finetune wrote; None for other models."""
     try:
         state = read_state(Path(model.removeprefix('local-dir:')))
     except InputError:
@@ -57,18 +57,18 @@ def training_data(model: str) -> Optional[TrainingData]:
 
 
 def match_classes(labels: Iterable[str], known: Sequence[str], model: str) -> Tuple[Dict[str, int], List[str]]:
-    """Find the labels of images among the classes of a model, by name.
+    """Match the labels of images with the classes of a model by name.
 
     Args:
-        labels: Names of classes; those of ImageNet may be WordNet IDs such as `n01440764`.
-        known: Names of the model's classes, by index.
-        model: Its name, for errors.
+        labels: Class names; for ImageNet models, WordNet IDs such as `n01440764` match too.
+        known: Class names of the model, by index.
+        model: Name of the model, for messages.
 
     Returns:
-        The index of the class of each label that the model knows, and remarks on what does not match.
+        The class index of each label that matches, and remarks on labels and classes that do not.
 
     Raises:
-        InputError: It knows none.
+        InputError: No label matches.
     """
     index = {name: i for i, name in enumerate(known)}
     if subset := infer_imagenet_subset({'num_classes': len(known)}):
@@ -76,14 +76,14 @@ def match_classes(labels: Iterable[str], known: Sequence[str], model: str) -> Tu
         if list(map(DatasetInfoLabelMapper(info), range(len(known)))) == list(known):
             index.update({info.index_to_label_name(i): i for i in range(len(known)) if info.has_label(i)})
     for name, count in Counter(known).items():
-        if count > 1:  # as `crane` in ImageNet, a bird and a machine
+        if count > 1:  # ambiguous, such as ImageNet's `crane`: a bird and a machine
             index.pop(name, None)
     labels = set(labels)
     found = {label: index[label] for label in sorted(labels) if label in index}
     if not found:
         raise InputError(f'none of the classes of the images ({abbreviate(labels)}) is a class of {model} '
-                         f'({abbreviate(known)}); if its names are wrong or missing, --class-map FILE gives them, one '
-                         'per line')
+                         f'({abbreviate(known)}); if the names of the model are wrong or missing, use --class-map '
+                         'FILE, with one name per line')
     remarks = []
     if unknown := labels - found.keys():
         remarks.append(f'not a class of {model}, and left out: {abbreviate(unknown)}')

@@ -1,4 +1,4 @@
-"""A table of the models."""
+"""Table of the Mobile-Former models."""
 import argparse
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ['run']
 
 
 def where_cached(variant: str) -> str:
-    """Which weights of a variant are in the cache; asks no network."""
+    """Return which weights of a variant are in the cache, without network access."""
     if variant not in AUTHORS_FILES:
         return 'none'
     if cached_hub_file(repository := hub_repository(variant)):
@@ -27,15 +27,15 @@ def where_cached(variant: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)  # several have too little to do, and wait for each other on a busy machine
+    torch.set_num_threads(1)  # the work is too small for several threads
     print(f"{'model':<18} {'parameters':>10} {'MACs':>8} {'top-1':>6}  weights")
     for name in sorted(timm.list_models('*mobileformer*'), key=lambda n: PAPER_TOP1.get(n, 0)):
-        model = timm.create_model(name)  # PyTorch counts operations on the CPU faster than on the meta device
+        model = timm.create_model(name)  # counting is faster on the CPU than on the meta device
         cfg: Any = model.pretrained_cfg
         params = sum(p.numel() for p in model.parameters())
         macs = f"{count_macs(model, torch.zeros(1, *cfg['input_size'])) / 1e6:.1f} M"
         print(f"{name:<18} {params:>10,} {macs:>8} {PAPER_TOP1.get(name, '-'):>6}  {where_cached(name)}")
     print("""
-MACs of the convolutions and matrix products, for an image of 224x224 (test_mobileformer: 160x160).
-Top-1 on ImageNet-1k in percent as the paper (arXiv 2108.05895) reports it; it was not measured here.
-Weights: --pretrained and pretrained=True load them from the cache, the Hugging Face Hub, or Google Drive.""")
+MACs: multiply-adds of convolutions and matrix products for an image of 224x224 (test_mobileformer: 160x160).
+Top-1: accuracy on ImageNet-1k in percent, as reported in the paper (arXiv 2108.05895); not measured here.
+Weights: loaded from the cache, the Hugging Face Hub or Google Drive by --pretrained and pretrained=True.""")

@@ -14,17 +14,19 @@ from .options import (
     workers_option,
 )
 
-HELP = 'classify pictures'
+HELP = 'classify images'
 WORK = 'prediction'
 
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = 'Classify pictures: a table of comma-separated values with path, label and probability.'
+    parser.description = 'Classify images, and write a CSV table of paths, labels and probabilities.'
     parser.add_argument('images', metavar='PATH', type=Path, nargs='+',
-                        help='picture, or folder to search to its bottom')
-    model_options(parser, required=True, note=', or an ONNX file that export wrote')
+                        help='image, or folder to search recursively')
+    model_options(parser, required=True, note=', or an ONNX file written by export')
     class_map_option(parser)
     parser.add_argument('--topk', type=at_least(1), default=1, metavar='K',
-                        help='the K most likely classes: label, probability, label2, probability2, … (default: 1)')
+                        help='number of classes per image, as columns label, probability, label2, probability2, … '
+                             '(default: 1)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='file for the table (default: standard output)')
     batch_size_option(parser, 64, 64)
     workers_option(parser)

@@ -1,4 +1,4 @@
-"""Classify images, with PyTorch or an exported ONNX file."""
+"""Classify images with a PyTorch model or an exported ONNX file."""
 import argparse
 import csv
 import sys
@@ -17,7 +17,7 @@ __all__ = ['run']
 
 @contextmanager
 def open_table(path: Any) -> Iterator[TextIO]:
-    """Standard output, or a file that is written atomically, in which names that are not in UTF-8 keep their bytes."""
+    """Open a file that is written atomically, or standard output if `path` is None."""
     if path is None:
         yield sys.stdout
         return
@@ -27,13 +27,17 @@ def open_table(path: Any) -> Iterator[TextIO]:
 
 
 def find_images(paths: List[Path]) -> List[str]:
-    """The files that were named, and the images in and below the folders that were."""
+    """Return the given files, and all images in the given folders and their subfolders.
+
+    Raises:
+        InputError: There are no images.
+    """
     found = ImageScan()
     files = found.named(paths)
     for remark in found.remarks():
         print(remark, file=sys.stderr)
     if not files:
-        raise InputError(f'no pictures in {abbreviate(paths)}')
+        raise InputError(f'no images in {abbreviate(paths)}')
     return files
 
 
@@ -58,5 +62,6 @@ def run(args: argparse.Namespace) -> int:
             top = zip(*(values.tolist() for values in logits.softmax(-1).topk(args.topk)), strict=True)
             table.writerow([clean(path), *(cell for p, i in top for cell in (clean(names[i]), f'{p:.4f}')), ''])
     if unread:
-        print(f'{unread:,} of {len(paths):,} pictures could not be read, their rows say why', file=sys.stderr)
+        print(f'{unread:,} of {len(paths):,} images could not be read; for the errors, see the column problem',
+              file=sys.stderr)
     return 1 if unread else 0

@@ -1,13 +1,13 @@
-"""Accuracies on ImageNet-1k as published, which benchmark quotes."""
+"""Published accuracies on ImageNet-1k."""
 from typing import Dict, NamedTuple, Optional, Tuple
 
 from timm_mobileformer.authors import PAPER_TOP1
 
 __all__ = ['PEERS', 'Published', 'published']
 
-# Weights of the timm models, the image size they were scored at, and ImageNet-1k top-1 in percent from
-# results/results-imagenet.csv in timm's repository: the default weights, or where those were made for larger images,
-# the best at 224 x 224 (mobilenetv4_conv_medium); fastvit_t8 has none at 224 x 224.
+# Pretrained tag, image size and ImageNet-1k top-1 in percent of timm models, from results/results-imagenet.csv of
+# timm. The tags are the default ones, except for mobilenetv4_conv_medium, whose default is for larger images: the
+# best at 224 x 224. fastvit_t8 has no weights for 224 x 224.
 PEERS: Dict[str, Tuple[str, int, float]] = {
     'mobilenetv3_small_100': ('lamb_in1k', 224, 67.636),
     'mobilenetv3_large_100': ('ra_in1k', 224, 75.784),
@@ -23,13 +23,14 @@ PEERS: Dict[str, Tuple[str, int, float]] = {
 
 
 class Published(NamedTuple):
+    """A published top-1 accuracy."""
     top1: float  # in percent
-    size: int  # of the images
+    size: int  # height and width of the images
     source: str
 
 
 def published(name: str) -> Optional[Published]:
-    """The published accuracy of a model, if there is one."""
+    """Return the published accuracy of a model, None if there is none."""
     if name in PAPER_TOP1:
         return Published(PAPER_TOP1[name], 224, 'the paper')
     if name in PEERS:

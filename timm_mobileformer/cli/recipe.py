@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Print the path of a recipe for timm's train.py; without a name, the names:\n\n"
+        "Print the path of a recipe for timm's train.py or, without NAME, the names of all recipes:\n\n"
         '  python train.py --config "$(timm-mobileformer recipe finetune)" \\\n'
         '      --model mobileformer_52m --pretrained --num-classes N --data-dir DIR')
     parser.add_argument('name', nargs='?', metavar='NAME')
@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     elif args.name in names:
         print(RECIPES / f'{args.name}.yaml')
     else:
-        raise InputError(f'there is no recipe {args.name}; these are: {", ".join(names)}')
+        raise InputError(f'there is no recipe {args.name}; available recipes: {", ".join(names)}')

@@ -1,4 +1,4 @@
-"""The report on a model's predictions for labelled images: metrics, tables, figures and a summary."""
+"""Evaluation report: metrics, tables, figures and a summary of predictions for labelled images."""
 import csv
 import importlib.util
 import json
@@ -14,14 +14,15 @@ from .console import abbreviate
 from .files import atomic_dir
 from .report_figures import draw_confusion, draw_mistakes
 
-__all__ = ['History', 'Scores', 'best_epoch', 'join', 'measure', 'score', 'write_report']
+__all__ = ['History', 'Scores', 'best_epoch', 'join', 'measure', 'score', 'warn_without_matplotlib',
+           'write_report']
 
-History = List[Dict[str, Any]]  # of every epoch, the arguments of timm's update_summary
+History = List[Dict[str, Any]]  # arguments of timm's update_summary for every epoch
 NUM_BINS = 15  # of the calibration error
 
 
 def best_epoch(history: History) -> int:
-    """That of the highest top-1 on the validation set, and of the lowest loss among those."""
+    """Return the index of the epoch with the highest top-1 on the validation set; ties are broken by the loss."""
     metrics = [row['eval_metrics'] for row in history]
     return max(range(len(history)), key=lambda epoch: (metrics[epoch]['top1'], -metrics[epoch]['loss']))
 
@@ -32,7 +33,7 @@ class Scores(NamedTuple):
     predictions: torch.Tensor  # class indices
     confidence: torch.Tensor  # probability of the prediction
     loss: torch.Tensor  # cross-entropy
-    in_top5: torch.Tensor  # whether the class is among the five most likely
+    in_top5: torch.Tensor  # whether the target is among the five most likely classes
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
@@ -44,16 +45,17 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> Scores:
 
 
 def join(scores: Iterable[Scores]) -> Scores:
+    """Concatenate scores."""
     return Scores(*map(torch.cat, zip(*scores, strict=True)))
 
 
 def measure(scores: Scores) -> Dict[str, float]:
-    """Metrics of a model.
+    """Compute the metrics of a model.
 
     Returns:
-        `images`, their number; `top1`, `top5` and `mean_class`, the mean of top-1 over the classes that have images, in
-        percent; `loss`, the mean cross-entropy; `ece`, the expected calibration error in percent: the mean difference
-        between confidence and accuracy over 15 bins of confidence (Guo et al. 2017, arXiv 1706.04599, Eq. 3).
+        `images`, the number of images; `top1` and `top5` in percent; `mean_class`, top-1 averaged over the classes that
+        have images, in percent; `loss`, the mean cross-entropy; and `ece`, the expected calibration error over 15 bins
+        of confidence, in percent (Guo et al. 2017, arXiv 1706.04599, Eq. 3).
     """
     correct = (scores.predictions == scores.targets).double()
     by_class = scores.targets.bincount(correct) / scores.targets.bincount()  # nan without images
@@ -70,13 +72,13 @@ def measure(scores: Scores) -> Dict[str, float]:
 
 
 def count_confusion(scores: Scores, num_classes: int) -> torch.Tensor:
-    """The confusion matrix (classes, classes): true classes as rows, predictions as columns."""
+    """Return the confusion matrix (classes, classes), with true classes as rows and predictions as columns."""
     pairs = scores.targets * num_classes + scores.predictions
     return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
 def rows_by_class(confusion: torch.Tensor, classes: Sequence[str], trained_on: Counter) -> List[Dict[str, Any]]:
-    """Counts, precision, recall and F1 of every class; '' where one is undefined."""
+    """Return counts, precision, recall and F1 of every class; undefined values are ''."""
     rows = []
     for i, (images, predicted, right) in enumerate(zip(
             confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist(), strict=True)):
@@ -89,7 +91,7 @@ def rows_by_class(confusion: torch.Tensor, classes: Sequence[str], trained_on: C
 
 
 def summarize(scores: Scores, rows: List[Dict[str, Any]], what: str) -> str:
-    """Metrics, the classes of the lowest top-1 and the commonest mistakes, a line each."""
+    """Summarize the metrics, the classes with the lowest top-1 and the most frequent mistakes in one line each."""
     metrics = measure(scores)
     right = sum(row['right'] for row in rows)
     top5 = f'top-5 {metrics["top5"]:.2f} %, ' if len(rows) > 5 else ''
@@ -102,9 +104,15 @@ def summarize(scores: Scores, rows: List[Dict[str, Any]], what: str) -> str:
         lines += [
             'lowest top-1 by class: ' + abbreviate(
                 (f'{row["class"]} {100 * row["recall"]:.1f} %' for row in worst), 10),
-            'mistakes, class → predicted: ' + abbreviate(
+            'most frequent mistakes, class → prediction: ' + abbreviate(
                 (f'{rows[t]["class"]} → {rows[p]["class"]} ({n}×)' for (t, p), n in pairs.most_common()), 10)]
     return '\n'.join(lines)
+
+
+def warn_without_matplotlib() -> None:
+    """Print a line if figures cannot be drawn."""
+    if not importlib.util.find_spec('matplotlib'):
+        print("no figures will be drawn: pip install 'timm_mobileformer[demo]' installs matplotlib")
 
 
 def write_report(
@@ -118,19 +126,19 @@ def write_report(
         trained_on: Iterable[int] = (),
         unread: Sequence[Tuple[str, int, str]] = (),
 ) -> str:
-    """Write tables and figures on labelled images.
+    """Write the tables and figures of a report.
 
     Args:
-        output: Folder to write `metrics.json`, `classes.csv`, `confusion.csv`, `predictions.csv` and `mistakes.csv`
-            to, and `confusion.png` and `mistakes.png` where matplotlib is installed.
-        scores: The predictions.
-        paths: Of the images (N).
-        classes: Names of the model's classes, by index.
+        output: Folder for `metrics.json`, `classes.csv`, `confusion.csv`, `predictions.csv` and `mistakes.csv` and,
+            if matplotlib is installed, `confusion.png` and `mistakes.png`.
+        scores: Predictions for N images.
+        paths: Paths of the N images.
+        classes: Class names of the model, by index.
         root: Folder of the data set; paths are written relative to it.
-        what: These images are, in words.
-        read: Reads the image in a file, as the model sees it.
-        trained_on: Class indices of the training set, if it is known.
-        unread: Path, class index and reason of each image that could not be read.
+        what: Description of the images for the summary, such as 'validation set'.
+        read: Function that reads an image, without preprocessing.
+        trained_on: Class indices of the training set, if known.
+        unread: Path, class index and error of each image that could not be read.
 
     Returns:
         The summary to print.

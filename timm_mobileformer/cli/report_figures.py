@@ -1,4 +1,4 @@
-"""Figures of a report: the course of a training, the confusion matrix, and the mistakes."""
+"""Figures of a report: learning curves, confusion matrix and mistakes."""
 import math
 import textwrap
 from pathlib import Path
@@ -17,7 +17,13 @@ MAX_CLASSES = 200  # in the figure of a confusion matrix
 
 
 def draw_curve(path: Path, history: 'History', best: int) -> None:
-    """Draw loss and top-1 over the epochs, of which `best` was kept."""
+    """Draw loss and top-1 over the epochs.
+
+    Args:
+        path: File to write.
+        history: Metrics of the epochs.
+        best: Index of the best epoch, which is marked.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -26,10 +32,10 @@ def draw_curve(path: Path, history: 'History', best: int) -> None:
     epochs = range(1, len(history) + 1)
     top1 = [row['eval_metrics']['top1'] for row in history]
     style = '.-' if len(history) < 40 else '-'
-    left.plot(epochs, [row['train_metrics']['loss'] for row in history], style, label='training, labels smoothed')
+    left.plot(epochs, [row['train_metrics']['loss'] for row in history], style, label='training (label smoothing)')
     left.plot(epochs, [row['eval_metrics']['loss'] for row in history], style, label='validation')
     right.plot(epochs, top1, style + 'C1')
-    right.plot(best + 1, top1[best], 'oC3', label=f'kept: epoch {best + 1}, {top1[best]:.2f} %')
+    right.plot(best + 1, top1[best], 'oC3', label=f'best epoch: {best + 1}, {top1[best]:.2f} %')
     for axes, name in (left, 'loss'), (right, 'validation top-1, %'):
         axes.set(xlabel='epoch', ylabel=name, xlim=(0.5, len(history) + 0.5))
         axes.legend(frameon=False)
@@ -39,16 +45,20 @@ def draw_curve(path: Path, history: 'History', best: int) -> None:
 
 
 def shorten(name: str, room: int) -> str:
-    """A class name that can be drawn; where it is too long, its middle is left out."""
-    name = name.encode(errors='replace').decode()  # of a folder whose name is not in UTF-8
+    """Return a class name in drawable characters, with the middle replaced by an ellipsis if it is too long."""
+    name = name.encode(errors='replace').decode()  # names of folders need not be UTF-8
     name = name if len(name) <= room else f'{name[:room // 2]} … {name[-room // 2:]}'
     return ' '.join(name.split()) or '?'
 
 
 def draw_confusion(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:
-    """Draw a confusion matrix (classes, classes) as the share of each row, with counts in up to 30 classes.
+    """Draw a confusion matrix, normalized by rows; up to 30 classes, with counts.
 
-    Of more than 200 classes, the 200 with the most mistakes are drawn.
+    Args:
+        path: File to write.
+        confusion: Counts (classes, classes), with true classes as rows. Of more than 200 classes, the 200 with the most
+            mistakes are drawn.
+        classes: Class names.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -57,7 +67,7 @@ def draw_confusion(path: Path, confusion: torch.Tensor, classes: Sequence[str]) 
     mistakes = off_diagonal.sum(0) + off_diagonal.sum(1)
     shown = mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].sort().values.tolist()
     n = len(shown)
-    shares = (confusion / confusion.sum(1, keepdim=True))[shown][:, shown].numpy()  # nan, drawn gray, without images
+    shares = (confusion / confusion.sum(1, keepdim=True))[shown][:, shown].numpy()  # nan (gray) without images
     names = [shorten(classes[i], 30) for i in shown]
     cell, font = (0.42, 9) if n <= 30 else (0.11, 6)  # inches, points
     margin = 0.011 * font * max(map(len, names)) + 0.6
@@ -72,7 +82,7 @@ def draw_confusion(path: Path, confusion: torch.Tensor, classes: Sequence[str]) 
     axes.set_xlabel('prediction')
     axes.set_ylabel('class')
     axes.set_title(f'the {n} of {len(classes):,} classes with the most mistakes' if n < len(classes) else
-                   'images by class and prediction' if n <= 30 else 'share of the images of each class', fontsize=11)
+                   'images by class and prediction' if n <= 30 else 'fraction of the images of each class', fontsize=11)
     if n <= 30:
         for y, row in enumerate(shown):
             for x, column in enumerate(shown):
@@ -84,18 +94,28 @@ def draw_confusion(path: Path, confusion: torch.Tensor, classes: Sequence[str]) 
         axes.set_yticks([i - 0.5 for i in range(1, n)], minor=True)
         axes.grid(which='minor', color='0.9', linewidth=0.3)
         axes.tick_params(which='minor', length=0)
-    figure.colorbar(image, ax=axes, label='share of the class', shrink=min(1, 4 / side), aspect=15)
+    figure.colorbar(image, ax=axes, label='fraction of the class', shrink=min(1, 4 / side), aspect=15)
     save_figure(figure, path)
 
 
 def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
-    """A class name in a few short lines."""
+    """Wrap a class name into a few short lines."""
     return '\n'.join(textwrap.wrap(shorten(name, width * rows - 8), width) or ['?'])
 
 
 def draw_mistakes(path: Path, paths: Sequence[str], scores: 'Scores', classes: Sequence[str],
                   read: Callable[[str], Any], rows: int = 5, cols: int = 6) -> None:
-    """Draw images and predictions: the mistakes, the least likely classes first, and then what is least certain."""
+    """Draw images with their predictions: the mistakes, then the others, each in descending order of the loss.
+
+    Args:
+        path: File to write.
+        paths: Paths of the N images.
+        scores: Predictions for the N images.
+        classes: Class names.
+        read: Function that reads an image.
+        rows: Maximum number of rows.
+        cols: Maximum number of columns.
+    """
     from matplotlib.figure import Figure
 
     correct = (scores.predictions == scores.targets).tolist()
@@ -105,8 +125,8 @@ def draw_mistakes(path: Path, paths: Sequence[str], scores: 'Scores', classes: S
     cols = min(cols, len(order))
     rows = math.ceil(len(order) / cols)
     figure = Figure(figsize=(max(2 * cols, 6), 2.6 * rows + 0.6), dpi=110, layout='constrained')
-    figure.suptitle(f'{correct.count(False):,} of {len(targets):,} images mistaken (red), then the least certain\n'
-                    'above: prediction and its probability; below: the class of a mistaken one', fontsize=12)
+    figure.suptitle(f'{correct.count(False):,} of {len(targets):,} images misclassified (red), then the least certain\n'
+                    'above: prediction and its probability; below: true class if misclassified', fontsize=12)
     all_axes = figure.subplots(rows, cols, squeeze=False).ravel()
     for axes in all_axes:
         axes.set(xticks=[], yticks=[])

@@ -1,4 +1,4 @@
-"""State of a fine-tuning run: what is written after every epoch and read to resume, and who may write."""
+"""Output folder of a fine-tuning run: locking, saving after every epoch, and resuming."""
 import argparse
 import hashlib
 import shutil
@@ -25,12 +25,13 @@ PATHS = 'data_dir', 'labels', 'checkpoint'  # options that are paths
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Reserve an output folder, which is created if needed, for this process.
+    """Lock an output folder for this process, and create it if it does not exist.
 
-    The claim is a file lock: the operating system releases it however the process ends.
+    The operating system releases the lock when the process ends for any reason. A folder that is created and stays
+    empty is removed.
 
     Raises:
-        InputError: Another process has claimed the folder, or it cannot be written to.
+        InputError: Another process has locked the folder, or it cannot be written to.
     """
     is_new = not folder.exists()
     lock = FileLock(folder / '.lock')
@@ -43,7 +44,7 @@ def claim(folder: Path) -> Iterator[None]:
         raise InputError(f'{folder} is a file; name a folder with --output') from e
     except OSError as e:
         raise InputError(f'{folder} cannot be written to ({e.strerror}); name another with --output') from e
-    for unfinished in folder.glob('.*.unfinished'):  # by a run that was killed while it wrote
+    for unfinished in folder.glob('.*.unfinished'):  # from a run that was killed
         shutil.rmtree(unfinished)
     try:
         yield
@@ -55,55 +56,58 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def check_is_free(folder: Path) -> None:
-    """Refuse a folder that holds more than a run leaves that ended before its first epoch.
+    """Check that a new run can write to a folder.
 
     Raises:
-        InputError: It does.
+        InputError: The folder is not empty, apart from the files of a run that ended before its first epoch.
     """
     if any(not path.name.startswith('.') and path.name != BAD_IMAGES for path in folder.iterdir()):
         raise InputError(f'{folder} is not empty; name a new folder with --output, remove it, or continue the run in '
                          f'it with --resume {quote(folder)}')
 
 
-def save_epoch(args: argparse.Namespace, model: Any, kwargs: Dict[str, Any], pictures: str, optimizer: Any,
+def save_epoch(args: argparse.Namespace, model: Any, kwargs: Dict[str, Any], images_hash: str, optimizer: Any,
                history: History) -> None:
     """Write the state after an epoch to `args.output`, and the weights if the epoch is the best so far.
 
     Args:
         args: Options of the run.
-        model: Its `pretrained_cfg` names the classes.
-        kwargs: Arguments with which `timm.create_model` makes the model.
-        pictures: `fingerprint` of the images.
-        optimizer: Its state is needed to resume.
-        history: Metrics of all epochs, this one last.
+        model: Model whose `pretrained_cfg` has the names of the classes.
+        kwargs: Arguments of `timm.create_model` for the model.
+        images_hash: `fingerprint` of the data set.
+        optimizer: Optimizer, whose state is needed to resume.
+        history: Metrics of all epochs so far.
 
     Raises:
-        InputError: They cannot be written; what was there stays.
+        InputError: The files cannot be written; existing files are left unchanged.
     """
     cfg = model.pretrained_cfg
     state = dict(
         epoch=len(history) - 1, arch=cfg['architecture'], state_dict=model.state_dict(),
         optimizer=optimizer.state_dict(),
         args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        metric=history[-1]['eval_metrics']['top1'], version=2, history=history, pictures=pictures)
+        metric=history[-1]['eval_metrics']['top1'], version=2, history=history, pictures=images_hash)
     try:
         with atomic_dir(args.output) as folder:
             torch.save(state, folder / 'last.pth.tar')
             for row in history:
                 update_summary(**row, filename=folder / 'summary.csv', write_header=row is history[0])
-            if best_epoch(history) == len(history) - 1:  # in place before the state that refers to it
+            if best_epoch(history) == len(history) - 1:  # moved into place before the state that refers to it
                 with atomic_dir(args.output) as best:
                     save_for_hf(
                         model, str(best), {'label_names': cfg['label_names']}, kwargs, safe_serialization=True)
-    except (OSError, RuntimeError, SafetensorError) as e:  # PyTorch's writer makes the second of the first
+    except (OSError, RuntimeError, SafetensorError) as e:  # PyTorch's writer turns OSError into RuntimeError
         raise InputError(f'nothing could be written to {args.output}; is the disk full? ({e})') from e
 
 
 def read_state(folder: Path) -> Dict[str, Any]:
-    """Read what `save_epoch` wrote to a folder: state_dict, optimizer, history, pictures and args.
+    """Read the state that `save_epoch` wrote to a folder.
+
+    Returns:
+        A dictionary of `state_dict`, `optimizer`, `history`, `pictures` (the `fingerprint` of the data set) and `args`.
 
     Raises:
-        InputError: There is no such file, or it is damaged.
+        InputError: The folder has no `last.pth.tar`, or the file is damaged.
     """
     path = folder / 'last.pth.tar'
     try:
@@ -111,14 +115,14 @@ def read_state(folder: Path) -> Dict[str, Any]:
         args = {key: Path(value) if value and key in PATHS else value for key, value in state['args'].items()}
         return {**{key: state[key] for key in ('state_dict', 'optimizer', 'history', 'pictures')}, 'args': args}
     except FileNotFoundError as e:
-        raise InputError(f'no run to go on with in {folder}: it has no last.pth.tar, which is written after the first '
+        raise InputError(f'{folder} has no run to resume: it lacks last.pth.tar, which is written after the first '
                          'epoch') from e
-    except Exception as e:  # a damaged or foreign file fails in many ways
-        raise InputError(f'{path} is not what finetune writes, or damaged: {reason(e, 300)}') from e
+    except Exception as e:  # damaged files raise errors of many types
+        raise InputError(f'{path} is damaged, or was not written by finetune: {reason(e, 300)}') from e
 
 
 def fingerprint(data: Data, root: Path) -> str:
-    """Hash of the names, relative to `root`, and classes of all images."""
+    """Return a hash of the paths, relative to `root`, and classes of the training and validation images."""
     names = [[(relative(path, root), target) for path, target in side.samples]
              for side in (data.train, data.val)]
     return hashlib.sha256(repr((names, data.classes)).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Fine-tune a Mobile-Former, or any timm model, on a folder of images; without one, on handwritten digits.
+"""Fine-tune a Mobile-Former, or any timm model, on a folder of images or on the handwritten digits of scikit-learn.
 
-The same seed gives the same result, in one go or interrupted and resumed: bit for bit on a CPU with the same number of
-threads and workers. Each epoch therefore sets a seed of its own, and depends on nothing but the model, the state of
-the optimizer and the metrics of the epochs before.
+Runs are reproducible: on a CPU with the same number of threads and workers, the same seed gives the same result bit for
+bit, whether or not the run was interrupted and resumed. To this end every epoch sets its own seed, and depends only on
+the weights, the state of the optimizer and the metrics of the epochs before.
 """
 import argparse
 import importlib.util
@@ -16,13 +16,12 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, accuracy, random_seed
+from timm.utils import AverageMeter, random_seed
 from torch.optim.swa_utils import update_bn
 
 from .batches import make_loaders, set_batches
@@ -44,35 +43,77 @@ from .load import (
     set_white_level,
 )
 from .options import data_arguments
-from .report import History, best_epoch, score, write_report
+from .report import History, best_epoch, measure, score, warn_without_matplotlib, write_report
 from .report_figures import draw_curve
 from .run_state import PATHS, check_is_free, claim, fingerprint, read_state, save_epoch
 
-BATCH_NORM_IMAGES = 256  # that the statistics are estimated on
+BATCH_NORM_IMAGES = 256  # for estimating the statistics of BatchNorm
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, classes) and targets (N) of all pictures, in the order of the dataset."""
-    model.eval()
-    outputs = [(model(images).float().cpu(), target.cpu()) for images, target in loader]
-    logits, targets = zip(*outputs, strict=True)
-    return torch.cat(logits), torch.cat(targets)
+def resumed_options(args: argparse.Namespace, state: Dict[str, Any]) -> argparse.Namespace:
+    """Return the options of the run to resume, updated with those given on the command line.
+
+    Raises:
+        InputError: `--epochs` is less than the number of epochs of the run.
+    """
+    named = {key: value for key, value in vars(args).items() if value is not None}
+    if args.epochs and args.epochs < state['args']['epochs']:
+        raise InputError(f'the run in {args.resume} has {state["args"]["epochs"]} epochs; --epochs can only raise that')
+    return argparse.Namespace(**{**vars(args), **state['args'], **named, 'output': args.resume})
 
 
-def measure(logits: torch.Tensor, targets: torch.Tensor) -> Dict[str, float]:
-    """Loss, top-1 and top-5 in percent, as timm's train.py has them."""
-    top1, top5 = accuracy(logits, targets, (1, 5))
-    return {'loss': F.cross_entropy(logits, targets).item(), 'top1': top1.item(), 'top5': top5.item()}
+def make_absolute(args: argparse.Namespace) -> None:
+    """Make the paths among the options absolute, so that the run can be resumed from any working directory."""
+    for key in PATHS:
+        if path := getattr(args, key):
+            setattr(args, key, path.absolute())
+    source, _, folder = find_model(args.model).partition(':')
+    if source == 'local-dir':
+        args.model = f'local-dir:{Path(folder).absolute()}'
+
+
+def make_model(args: argparse.Namespace, classes: List[str], state: Optional[Dict[str, Any]]) -> Any:
+    """Create the model to train, and update its `pretrained_cfg` with the classes and the preprocessing."""
+    model = load_model(args, len(classes), weights=not state, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if state:
+        model.load_state_dict(state['state_dict'])
+    set_data_config(model, vars(args))
+    model.pretrained_cfg.update(
+        tag='finetuned', num_classes=len(classes), label_names=classes, label_descriptions=None, label_offset=None,
+        test_input_size=None, test_pool_size=None, test_crop_pct=None)
+    return model
+
+
+def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, device: torch.device, done: int) -> None:
+    """Print the model, the data set, the batches, and where training starts."""
+    _, height, width = model.pretrained_cfg['input_size']
+    print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
+          f'{len(data.classes):,} classes, {len(data.train):,} training and {len(data.val):,} validation images, '
+          f'{height} × {width} pixels; {batches}' + (f'; {done} of {args.epochs} epochs are done' if done else ''))
+    if not (done or args.pretrained or args.checkpoint or find_model(args.model).startswith(HAVE_WEIGHTS)):
+        print(f'{args.model} is trained from scratch, with random initial weights; to start from trained weights, add '
+              '--checkpoint FILE or --pretrained, or name a folder with --model')
+    warn_without_matplotlib()
 
 
 def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimizer: Any, scheduler: Any, step: int,
                 bar: Any) -> float:
-    """Train for an epoch, after `step` steps; returns the mean loss.
+    """Train for one epoch.
 
-    While weights change fast, BatchNorm's running averages lag behind them: in short runs so far that the model
-    predicts at chance. At the end of the epoch the last batches therefore pass through the model once more, and its
-    statistics become theirs.
+    BatchNorm's running averages lag behind weights that change fast: after short runs, a model can predict at chance
+    although its weights are good. The statistics are therefore estimated anew from the last batches of the epoch.
+
+    Args:
+        args: Options `amp`, `batch_size` and `smoothing`.
+        model: Model to train.
+        loader: Batches of images (B, C, H, W) and class indices (B).
+        optimizer: Optimizer of the model.
+        scheduler: Scheduler of timm, updated after every step.
+        step: Number of steps of the epochs before.
+        bar: Progress bar.
+
+    Returns:
+        The mean loss. If it is not finite, the epoch was ended early.
     """
     loss_fn = LabelSmoothingCrossEntropy(args.smoothing)
     device_type = next(model.parameters()).device.type
@@ -91,7 +132,7 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
         losses.update(loss.detach(), len(target))
         last_batches.append(images)
         bar.update()
-        if step % 10 == 0:  # seldom, since the device is waited for
+        if step % 10 == 0:  # not more often, since reading the loss synchronizes with the device
             bar.set_postfix(loss=f'{losses.avg:.3f}')
             if not math.isfinite(losses.avg):
                 break
@@ -100,9 +141,30 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
     return float(losses.avg)
 
 
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (N, classes) and class indices (N) of all images, in the order of the dataset."""
+    model.eval()
+    outputs = [(model(images).float().cpu(), target.cpu()) for images, target in loader]
+    logits, targets = zip(*outputs, strict=True)
+    return torch.cat(logits), torch.cat(targets)
+
+
 def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], history: History, save: Any,
           optimizer_state: Any = None) -> None:
-    """Train from where `history` ends, and append to it; `save` gets optimizer and history after every epoch."""
+    """Train and validate a model, and save it after every epoch.
+
+    Args:
+        args: Options of the run.
+        model: Model to train.
+        loaders: Batches of the training set and of the validation set.
+        history: Metrics of the epochs before; those of every further epoch are appended.
+        save: Called after every epoch with the optimizer and the history.
+        optimizer_state: State of the optimizer of a run to resume.
+
+    Raises:
+        InputError: The loss is not finite.
+    """
     loader, val_loader = loaders
     optimizer = create_optimizer_v2(
         model, 'adamw', lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
@@ -115,48 +177,24 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
     with progress(desc='training', total=args.epochs * len(loader), initial=len(history) * len(loader)) as bar:
         for epoch in range(len(history), args.epochs):
             if args.patience and history and epoch - 1 - best_epoch(history) >= args.patience:
-                bar.write(f'no better epoch in {args.patience}: training ends')
+                bar.write(f'training stops early: no improvement in the last {args.patience} epochs')
                 break
             random_seed(int(np.random.SeedSequence((args.seed, epoch)).generate_state(1)[0]))
             loss = train_epoch(args, model, loader, optimizer, scheduler, epoch * len(loader), bar)
             if not math.isfinite(loss):
                 raise InputError(f'the loss became {loss} in epoch {epoch + 1}; a smaller --lr may help')
-            metrics = measure(*evaluate(model, val_loader))
+            metrics = measure(score(*evaluate(model, val_loader)))
             rates = [group['lr'] for group in optimizer.param_groups]
-            row = dict(epoch=epoch, train_metrics={'loss': loss}, eval_metrics=metrics, lr=sum(rates) / len(rates))
+            row = dict(epoch=epoch, train_metrics={'loss': loss}, lr=sum(rates) / len(rates),
+                       eval_metrics={key: metrics[key] for key in ('loss', 'top1', 'top5')})
             save(optimizer, [*history, row])
             history.append(row)
             bar.write(f'epoch {epoch + 1:3} of {args.epochs}: loss {loss:.4f}, validation loss {metrics["loss"]:.4f}, '
                       f'top-1 {metrics["top1"]:.2f} %')
 
 
-def make_model(args: argparse.Namespace, classes: List[str], state: Optional[Dict[str, Any]]) -> Any:
-    """The model to train, with a `pretrained_cfg` that describes what it becomes."""
-    model = load_model(args, len(classes), weights=not state, drop_rate=args.drop, drop_path_rate=args.drop_path)
-    if state:
-        model.load_state_dict(state['state_dict'])
-    set_data_config(model, vars(args))
-    model.pretrained_cfg.update(
-        tag='finetuned', num_classes=len(classes), label_names=classes, label_descriptions=None, label_offset=None,
-        test_input_size=None, test_pool_size=None, test_crop_pct=None)
-    return model
-
-
-def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, device: torch.device, done: int) -> None:
-    """Print what is trained, on what and from what."""
-    _, height, width = model.pretrained_cfg['input_size']
-    print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
-          f'{len(data.classes):,} classes, {len(data.train):,} images to train on, {len(data.val):,} for validation, '
-          f'{height} × {width} pixels; {batches}' + (f'; {done} of {args.epochs} epochs are done' if done else ''))
-    if not (done or args.pretrained or args.checkpoint or find_model(args.model).startswith(HAVE_WEIGHTS)):
-        print(f'{args.model} starts from scratch, with random weights; to start from trained ones, add --checkpoint '
-              'FILE or --pretrained, or name a folder with --model')
-    if not importlib.util.find_spec('matplotlib'):
-        print("no pictures will be drawn: pip install 'timm_mobileformer[demo]' brings matplotlib")
-
-
 def report(args: argparse.Namespace, root: Path, data: Data, model: Any, history: History) -> None:
-    """Measure a model on the validation set and, apart, on the test set if there is one; write tables and figures."""
+    """Evaluate the best epoch on the validation set and, if there is one, on the test set; write tables and figures."""
     device, best = next(model.parameters()).device, best_epoch(history)
     for what, images, output in (('validation set', data.val, args.output),
                                  ('test set', data.test, args.output / 'test')):
@@ -169,73 +207,61 @@ def report(args: argparse.Namespace, root: Path, data: Data, model: Any, history
             output, score(*evaluate(model, loader)), [path for path, _ in images.samples], data.classes, root, what,
             partial(read_image, **images.reading), trained_on=[target for _, target in data.train.samples]))
     if data.validates_on_test:
-        print('the best epoch was chosen on the images of test, which flatters it; beside train and val, a test set is '
-              'measured once at the end')
+        print('the best epoch was selected on the test set, so that its accuracy is optimistic; with a folder val '
+              'beside train and test, the test set is evaluated only once, at the end')
     if importlib.util.find_spec('matplotlib'):
         with atomic_dir(args.output) as folder:
             draw_curve(folder / 'curve.png', history, best)
-    print(f'by the best epoch, {best + 1} of {len(history)}; written to {args.output}: '
+    print(f'results of the best epoch, {best + 1} of {len(history)}, are in {args.output}: '
           f'{", ".join(sorted(path.name for path in args.output.glob("[!.]*")))}')
 
 
 def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any]]) -> None:
-    """Train on the images in `root`, from `state` where a run is resumed, and report on the best epoch."""
+    """Train a model, and report on its best epoch.
+
+    Args:
+        args: Options of the run.
+        root: Folder of the data set.
+        state: State of the run to resume, as `read_state` returns it; None for a new run.
+
+    Raises:
+        InputError: The data set cannot be used, differs from that of the run to resume, or training failed.
+    """
     data = open_data(root, **data_arguments(args))
     for remark in data.remarks:
         print(remark)
-    pictures = fingerprint(data, root)
-    if state and state['pictures'] != pictures:
-        raise InputError(f'{args.output} was trained on other pictures than those in {root}')
+    images_hash = fingerprint(data, root)
+    if state and state['pictures'] != images_hash:
+        raise InputError(f'the run in {args.output} was trained on other images than those in {root}')
     device = pick_device(args)
-    if device.type == 'cpu':  # a thread that has to wait for its core stalls all the others
+    if device.type == 'cpu':  # leave cores to the workers: a thread without one delays all others
         torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - args.workers))
     random_seed(args.seed)
     model = make_model(args, data.classes, state).to(device)
+
     checked = check_images(data.paths(), args.workers, args.output / BAD_IMAGES, bool(args.skip_bad_images))
     for remark in data.leave_out(checked.bad) + checked.remarks():
         print(remark)
     args.white_level = checked.white_level
     set_white_level(model, args.white_level)
-    batches = set_batches(args, len(data.train))
-    loaders = make_loaders(args, data, model, device)
     for images in data.sets:
         images.reading = reading_options(model)
+    batches = set_batches(args, len(data.train))
+    loaders = make_loaders(args, data, model, device)
     history: History = state['history'] if state else []
     announce(args, model, data, batches, device, len(history))
 
     kwargs = {**model_args(find_model(args.model), model.pretrained_cfg), 'num_classes': len(data.classes)}
+    save = partial(save_epoch, args, model, kwargs, images_hash)
     try:
-        save = partial(save_epoch, args, model, kwargs, pictures)
         train(args, model, loaders, history, save, state and state['optimizer'])
     except (InputError, KeyboardInterrupt) as e:
-        hint = (f'; {len(history)} of {args.epochs} epochs are done, to go on: '
+        hint = (f'; {len(history)} of {args.epochs} epochs are done, to continue: '
                 f'timm-mobileformer finetune --resume {quote(args.output)}')
         raise type(e)(f'{e}{hint}' if history else str(e)) from e
-    model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # what was saved is what is reported
+    model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # report on the saved weights
     report(args, root, data, model, history)
-    print(f"timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True) loads it")
-
-
-def resumed_options(args: argparse.Namespace, state: Dict[str, Any]) -> argparse.Namespace:
-    """The options of the run to resume, and over them those that the command line names.
-
-    Raises:
-        InputError: They cannot be changed like that.
-    """
-    named = {key: value for key, value in vars(args).items() if value is not None}
-    if args.epochs and args.epochs < state['args']['epochs']:
-        raise InputError(f'the run in {args.resume} has {state["args"]["epochs"]} epochs; --epochs can only raise that')
-    return argparse.Namespace(**{**vars(args), **state['args'], **named, 'output': args.resume})
-
-
-def make_absolute(args: argparse.Namespace) -> None:
-    """Let paths among the options hold in any working directory, in which the run may be resumed."""
-    for key in PATHS:
-        if path := getattr(args, key):
-            setattr(args, key, path.absolute())
-    source, _, folder = find_model(args.model).partition(':')
-    if source == 'local-dir':
-        args.model = f'local-dir:{Path(folder).absolute()}'
+    print(f"load the model with timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True)")
 
 
 def run(args: argparse.Namespace) -> None:
