@@ -1,4 +1,4 @@
-"""Images are read as a viewer shows them, and no larger than training needs them."""
+"""Reading images: file formats, color profiles, bit depths, random crops and errors."""
 import io
 import os
 import random
@@ -29,7 +29,7 @@ y, x = np.mgrid[:24, :32]
 COLORS = np.stack([8 * x, 10 * y, 255 - 4 * (x + y)], -1).clip(0, 255).astype(np.uint8)
 GRAY = (8 * x).astype(np.uint8)
 HALF = np.where(x < 16, 255, 0).astype(np.uint8)
-SHOWN = np.where(x[..., None] < 16, COLORS, 255)  # where HALF hides the rest
+SHOWN = np.where(x[..., None] < 16, COLORS, 255)  # COLORS with HALF as alpha, on white
 
 
 def rgb(gray):
@@ -37,7 +37,7 @@ def rgb(gray):
 
 
 def png(array, bits, color, *chunks):
-    """A PNG of kinds that Pillow reads and does not write."""
+    """Return a PNG of a kind that Pillow can read but not write."""
     height, width = array.shape[:2]
     header = struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0)
     rows = b''.join(b'\0' + row.tobytes() for row in array.astype(f'>u{bits // 8}'))
@@ -53,10 +53,10 @@ def saved(image, kind='PNG', **options):
 
 
 def turned(orientation, kind):
-    """The colours as a camera that was held otherwise writes them."""
+    """Return `COLORS` as a camera in this orientation stores them."""
     exif = Image.Exif()
     exif[274] = orientation
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the Image.Transpose to undo
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # inverse Image.Transpose
     return saved(Image.fromarray(COLORS).transpose(Image.Transpose(back)), kind, exif=exif,
                  **(dict(lossless=True, exact=True) if kind == 'WEBP' else {}))
 
@@ -105,10 +105,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path, kind):
+def test_an_image_is_read_as_a_viewer_shows_it(tmp_path, kind):
     data, wanted = KINDS[kind]
-    (tmp_path / 'picture').write_bytes(data)
-    image = read_image(tmp_path / 'picture')
+    (tmp_path / 'image').write_bytes(data)
+    image = read_image(tmp_path / 'image')
     assert image.mode == 'RGB'
     assert np.abs(np.asarray(image, float) - wanted).max() <= 1
 
@@ -116,11 +116,11 @@ def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path, kind):
 @pytest.mark.parametrize('kind', ['turned, PNG 6', 'CMYK, TIFF', 'RGB'])
 def test_a_jpeg_is_read_as_a_viewer_shows_it_but_for_compression(tmp_path, kind):
     with Image.open(io.BytesIO(KINDS[kind][0])) as image:
-        image.save(tmp_path / 'picture', 'JPEG', quality=100, subsampling=0, exif=image.getexif())
-    assert np.abs(np.asarray(read_image(tmp_path / 'picture'), float) - COLORS).mean() < 2
+        image.save(tmp_path / 'image', 'JPEG', quality=100, subsampling=0, exif=image.getexif())
+    assert np.abs(np.asarray(read_image(tmp_path / 'image'), float) - COLORS).mean() < 2
 
 
-def test_a_large_jpeg_is_read_in_all_its_pixels(tmp_path):
+def test_a_large_jpeg_is_read_in_full_size(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / 'large.jpg')
     with Image.open(tmp_path / 'large.jpg') as image:
@@ -128,7 +128,7 @@ def test_a_large_jpeg_is_read_in_all_its_pixels(tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path / 'large.jpg')), wanted)
 
 
-# Colour profiles
+# Color profiles
 
 ADOBE_RGB = ((0.60974, 0.20528, 0.14919), (0.31111, 0.62567, 0.06322), (0.01947, 0.06087, 0.74457))  # to XYZ, D50
 SRGB = ((0.43607, 0.38515, 0.14307), (0.22249, 0.71687, 0.06061), (0.01392, 0.09708, 0.71410))
@@ -139,7 +139,7 @@ def fixed(*numbers):
 
 
 def icc(space, **tags):
-    """An ICC profile of version 2.4."""
+    """Return an ICC profile of version 2.4."""
     tags = {'wtpt': b'XYZ \0\0\0\0' + fixed(0.9642, 1, 0.8249), **tags}
     table, data = struct.pack('>I', len(tags)), b''
     for name, content in tags.items():
@@ -162,7 +162,7 @@ def matrix_profile(matrix, curve):
 
 
 def encode(linear):
-    """Linear light of 0 ... 1 to sRGB of 0 ... 255."""
+    """Convert linear values in 0 to 1 to sRGB values in 0 to 255."""
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -189,14 +189,14 @@ PROFILES = {
 
 
 @pytest.mark.parametrize('kind', PROFILES)
-def test_a_colour_profile_is_applied(tmp_path, kind):
+def test_a_color_profile_is_applied(tmp_path, kind):
     data, wanted = PROFILES[kind]
-    (tmp_path / 'picture').write_bytes(data)
-    difference = np.abs(np.asarray(read_image(tmp_path / 'picture'), float) - wanted)
+    (tmp_path / 'image').write_bytes(data)
+    difference = np.abs(np.asarray(read_image(tmp_path / 'image'), float) - wanted)
     assert difference.max() <= 4 and difference.mean() < 0.7  # of 8 bits, and for dark colours by another slope
 
 
-def test_a_colour_profile_of_inks_is_applied(tmp_path):
+def test_a_cmyk_color_profile_is_applied(tmp_path):
     lab = [(255, 128, 128)] * 16  # of paper
     lab[8] = (128, 98, 78)  # of cyan
     identity = bytes(range(256))
@@ -204,8 +204,8 @@ def test_a_colour_profile_of_inks_is_applied(tmp_path):
              + bytes(value for color in lab for value in color) + 3 * identity)
     inks = np.zeros((2, 2, 4), np.uint8)
     inks[0, :, 0] = 255
-    Image.fromarray(inks, 'CMYK').save(tmp_path / 'picture.tif', icc_profile=icc(b'CMYK', A2B0=table))
-    cyan, paper = np.asarray(read_image(tmp_path / 'picture.tif'), float)[:, 0]
+    Image.fromarray(inks, 'CMYK').save(tmp_path / 'image.tif', icc_profile=icc(b'CMYK', A2B0=table))
+    cyan, paper = np.asarray(read_image(tmp_path / 'image.tif'), float)[:, 0]
     assert np.abs(cyan - (0, 133, 200)).max() < 12 and paper.min() > 252  # Lab 50, -30, -50
 
 
@@ -213,12 +213,12 @@ def test_a_colour_profile_of_inks_is_applied(tmp_path):
     matrix_profile(SRGB, 2.2)[:200], b'no profile', DARK,
     ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(),
 ], ids=['damaged', 'none', 'of grays', 'sRGB'])
-def test_a_profile_that_changes_nothing_or_cannot_be_used_leaves_every_pixel_as_it_is(tmp_path, profile):
-    Image.fromarray(COLORS).save(tmp_path / 'picture.png', icc_profile=profile)
-    assert np.array_equal(np.asarray(read_image(tmp_path / 'picture.png')), COLORS)
+def test_an_invalid_profile_and_srgb_leave_the_pixels_unchanged(tmp_path, profile):
+    Image.fromarray(COLORS).save(tmp_path / 'image.png', icc_profile=profile)
+    assert np.array_equal(np.asarray(read_image(tmp_path / 'image.png')), COLORS)
 
 
-# Grayscale of 16 bits
+# 16-bit grayscale
 
 def grays(folder, **maxima):
     for name, maximum in maxima.items():
@@ -230,28 +230,28 @@ def grays(folder, **maxima):
     (dict(a=200, b=255), 255), (dict(a=300, b=1023), 1023), (dict(a=300, b=4095), 4095), (dict(a=4096, b=0), 16383),
     (dict(a=16384, b=1), 65535),
 ])
-def test_all_grays_of_a_data_set_are_scaled_by_the_fewest_bits_that_hold_them(tmp_path, maxima, level):
+def test_16_bit_images_of_a_data_set_share_the_smallest_bit_depth_that_holds_them(tmp_path, maxima, level):
     paths = grays(tmp_path, **maxima)
     assert check_images(paths, 2).white_level == level
     for path, maximum in zip(paths, maxima.values(), strict=True):
         assert np.asarray(read_image(path, white_level=level)).max() == round(maximum / level * 255)
 
 
-def test_one_gray_more_changes_a_picture_little_once_the_scale_is_known(tmp_path):
+def test_with_a_white_level_a_larger_maximum_does_not_rescale_an_image(tmp_path):
     images = [np.asarray(read_image(path, white_level=4095), int) for path in grays(tmp_path, a=4095, b=4096)]
     assert np.abs(images[0] - images[1]).max() <= 1
 
 
-def test_pictures_of_8_bits_have_no_scale(tmp_path):
+def test_8_bit_and_float_images_have_no_white_level(tmp_path):
     Image.fromarray(GRAY).save(tmp_path / 'a.png')
     Image.fromarray(GRAY.astype(np.float32)).save(tmp_path / 'b.tif')
     assert check_images([str(tmp_path / 'a.png'), str(tmp_path / 'b.tif')], 1).white_level is None
 
 
-# Crops to train on
+# Random crops for training
 
 def smooth(width, height):
-    """A large photograph: waves, whose lengths are those that a small image can show."""
+    """Return an image of waves long enough to survive downscaling."""
     rows, columns = np.mgrid[:height, :width] / 40
     waves = [np.sin(columns + rows / 2), np.cos(rows - columns / 3), np.sin(rows + columns)]
     return Image.fromarray((128 + 100 * np.stack(waves, -1)).astype(np.uint8))
@@ -260,22 +260,22 @@ def smooth(width, height):
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic', 'random'])
 @pytest.mark.parametrize('size', [(300, 200), (200, 300), (50, 40), (300, 20)])
-def test_a_crop_is_timms_where_nothing_is_gained_by_decoding_less(tmp_path, kind, interpolation, size):
-    smooth(*size).save(tmp_path / 'picture', kind)
+def test_a_crop_equals_that_of_timm_unless_a_jpeg_is_decoded_smaller(tmp_path, kind, interpolation, size):
+    smooth(*size).save(tmp_path / 'image', kind)
     crop = RandomResizedCropAndInterpolation((96, 128), scale=(0.3, 1), interpolation=interpolation)
     for seed in range(5):
         random.seed(seed)
-        got, state = read_crop(tmp_path / 'picture', crop), random.getstate()
+        got, state = read_crop(tmp_path / 'image', crop), random.getstate()
         random.seed(seed)
-        assert np.array_equal(np.asarray(got), np.asarray(crop(read_image(tmp_path / 'picture'))))
+        assert np.array_equal(np.asarray(got), np.asarray(crop(read_image(tmp_path / 'image'))))
         assert random.getstate() == state
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_a_crop_of_a_large_jpeg_is_that_of_the_whole_decoded_no_larger_than_needed(tmp_path, monkeypatch, orientation):
+def test_a_crop_of_a_large_jpeg_is_decoded_at_a_smaller_size(tmp_path, monkeypatch, orientation):
     exif = Image.Exif()
     exif[274] = orientation
-    smooth(1203, 901).save(tmp_path / 'picture.jpg', exif=exif, quality=95)
+    smooth(1203, 901).save(tmp_path / 'image.jpg', exif=exif, quality=95)
     decoded = []
     monkeypatch.setattr('timm_mobileformer.cli.dataset.decode',
                         lambda image, *args: decoded.append(image.size) or decode(image, *args))
@@ -284,9 +284,9 @@ def test_a_crop_of_a_large_jpeg_is_that_of_the_whole_decoded_no_larger_than_need
         crop = RandomResizedCropAndInterpolation(size, scale=(0.2, 1), interpolation='bilinear')
         for seed in range(8):
             random.seed(seed)
-            got = np.asarray(read_crop(tmp_path / 'picture.jpg', crop), float)
+            got = np.asarray(read_crop(tmp_path / 'image.jpg', crop), float)
             random.seed(seed)
-            wanted = np.asarray(crop(read_image(tmp_path / 'picture.jpg')), float)
+            wanted = np.asarray(crop(read_image(tmp_path / 'image.jpg')), float)
             assert np.abs(got - wanted).mean() < 0.7 and np.abs(got - wanted).max() < 12
 
             random.seed(seed)
@@ -299,22 +299,22 @@ def test_a_crop_of_a_large_jpeg_is_that_of_the_whole_decoded_no_larger_than_need
     assert divisors == {1, 2, 4, 8}
 
 
-def test_only_training_takes_crops_and_validation_every_pixel(tmp_path):
-    smooth(600, 400).save(tmp_path / 'picture.jpg')
-    dataset = ImageDataset([(str(tmp_path / 'picture.jpg'), 3)])
+def test_random_crops_are_read_in_training_only(tmp_path):
+    smooth(600, 400).save(tmp_path / 'image.jpg')
+    dataset = ImageDataset([(str(tmp_path / 'image.jpg'), 3)])
     loader = create_loader(dataset, (3, 64, 64), 1, num_workers=0, device=torch.device('cpu'), use_prefetcher=False)
     transform = create_transform((3, 64, 64))
     for images, targets in loader:
-        assert torch.equal(images[0], transform(read_image(tmp_path / 'picture.jpg'))) and targets.tolist() == [3]
+        assert torch.equal(images[0], transform(read_image(tmp_path / 'image.jpg'))) and targets.tolist() == [3]
     create_loader(dataset, (3, 64, 64), 1, is_training=True, hflip=0, color_jitter=0, device=torch.device('cpu'))
     random.seed(0)
     image = dataset[0][0]
     random.seed(0)
-    crop = read_crop(tmp_path / 'picture.jpg', dataset.transform.transforms[0])
+    crop = read_crop(tmp_path / 'image.jpg', dataset.transform.transforms[0])
     assert np.array_equal(image.numpy().transpose(1, 2, 0), np.asarray(crop))
 
 
-def test_validation_images_are_read_once_if_memory_holds_them(tmp_path):
+def test_validation_images_are_cached_if_they_fit_into_the_budget(tmp_path):
     for i in range(3):
         smooth(80, 60 + i).save(tmp_path / f'{i}.jpg')
     dataset = ImageDataset([(str(tmp_path / f'{i}.jpg'), i) for i in range(3)])
@@ -332,9 +332,9 @@ def test_validation_images_are_read_once_if_memory_holds_them(tmp_path):
         list(not_kept)
 
 
-# Plugins of Pillow
+# Pillow plugins
 
-def test_a_heic_is_a_picture_like_any_other(tmp_path):
+def test_heic_images_are_read(tmp_path):
     pytest.importorskip('pillow_heif', reason='pillow-heif reads HEIC')
     upright = smooth(96, 64)
     stored = upright.transpose(Image.Transpose.ROTATE_90)
@@ -351,24 +351,24 @@ def test_a_heic_is_a_picture_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize('suffix, package', [('.jxl', 'pillow-jxl-plugin'), ('.heic', 'pillow-heif')])
-def test_a_type_that_a_plugin_reads_is_named_with_the_package(tmp_path, monkeypatch, suffix, package):
+def test_the_package_of_a_missing_plugin_is_named(tmp_path, monkeypatch, suffix, package):
     monkeypatch.setattr('timm_mobileformer.cli.folders.SUFFIXES', SUFFIXES - {suffix})
     for i, name in enumerate(('a/1.png', 'a/2.png', 'b/3.png', 'b/4.png', f'b/5{suffix}')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(GRAY // (i + 1)).save(tmp_path / name, 'PNG')
-    assert f'passed over: 1 {suffix} (pip install {package} reads them)' in open_data(tmp_path).remarks
+    assert f'ignored files: 1 {suffix} (to read them, pip install {package})' in open_data(tmp_path).remarks
 
 
 @pytest.mark.parametrize('name, spoil', [
     ('a.png', lambda path: path.write_bytes(path.read_bytes()[:-40])),
     ('a.jpg', lambda path: path.write_bytes(path.read_bytes()[:-40])),
-    ('a.png', lambda path: path.write_bytes(b'no picture')),
+    ('a.png', lambda path: path.write_bytes(b'not an image')),
     ('a.png', lambda path: (path.unlink(), path.symlink_to('nowhere'))),
     ('a.png', lambda path: (path.unlink(), path.symlink_to(path))),
     ('a.png', lambda path: (path.unlink(), os.mkfifo(path))),
     ('a.png', lambda path: Image.new('L', (1001, 1)).save(path)),
 ])
-def test_a_picture_that_cannot_be_used_is_named(tmp_path, name, spoil):
+def test_an_image_that_cannot_be_used_is_named(tmp_path, name, spoil):
     for i, file in enumerate((name, 'b.png')):
         Image.new('RGB', (8, 6), (40 * i, 0, 0)).save(tmp_path / file)
     spoil(tmp_path / name)
@@ -380,7 +380,7 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path, name, spoil):
 
 @pytest.fixture(scope='module')
 def gray_images(tmp_path_factory):
-    """Images of 12 bits in class folders."""
+    """Class folders of 12-bit grayscale images."""
     folder, generator = tmp_path_factory.mktemp('gray'), np.random.default_rng(0)
     for i in range(12):
         (path := folder / 'ab'[i % 2] / f'{i}.png').parent.mkdir(exist_ok=True)
@@ -397,7 +397,7 @@ def saved_model(folder, channels):
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_the_scale_of_grays_goes_with_the_model_to_predictions_and_files(tmp_path, gray_images, channels, capsys):
+def test_the_white_level_is_saved_with_the_model_for_prediction_and_export(tmp_path, gray_images, channels, capsys):
     work = tmp_path / 'work'
     start = saved_model(tmp_path / 'start', channels)
     assert not main(['finetune', '--data-dir', str(gray_images), '--model', start, '--epochs', '1', '--workers', '0',
@@ -416,7 +416,7 @@ def test_the_scale_of_grays_goes_with_the_model_to_predictions_and_files(tmp_pat
     assert float(capsys.readouterr().out.splitlines()[1].split(',')[2]) == pytest.approx(wanted, abs=2e-4)
 
 
-def test_a_model_of_other_channels_is_refused_before_any_image_is_read(tmp_path, capsys):
+def test_a_model_with_4_input_channels_is_refused_before_any_image_is_read(tmp_path, capsys):
     for name in 'a/1.png', 'a/2.png', 'b/3.png', 'b/4.png':
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f'no image {name}')

@@ -57,7 +57,7 @@ def test_every_picture_in_a_folder_gets_a_row_also_one_that_cannot_be_read(run, 
     assert [row['path'] for row in rows] == [
         'photos/cut.jpg', 'photos/rotated.jpg', os.path.join(deep, '1.png'), os.path.join(deep, '2.JPG')]
     assert rows[0]['problem'] and not any(rows[0][key] for key in ('label', 'probability', 'label2', 'probability2'))
-    assert 'passed over: 1 .txt' in err and '1 of 4 images could not be read' in err
+    assert 'ignored files: 1 .txt' in err and '1 of 4 images could not be read' in err
 
     model = timm.create_model('test_mobileformer', num_classes=4, checkpoint_path=work / 'weights.pth').eval()
     transform = create_transform(**resolve_model_data_config(model))
@@ -103,7 +103,7 @@ def test_classes_have_the_names_of_a_file(run, tmp_path):
 ])
 def test_what_cannot_be_is_refused_in_one_line(run, args, problem):
     status, rows, err = run(*args)
-    lines = [line for line in err.splitlines() if 'passed over' not in line]
+    lines = [line for line in err.splitlines() if 'ignored files' not in line]
     assert (status, rows, lines) == (2, [], [f'error: {problem}'])
 
 

@@ -1,4 +1,4 @@
-"""Tables of labels are read by the right column, or refused."""
+"""Tables of labels: choice of columns, file formats and errors."""
 import re
 import shutil
 
@@ -16,7 +16,7 @@ LABELS = ['a', 'b', 'a', 'b', 'a', 'b']
 
 @pytest.fixture(scope='module')
 def six(tmp_path_factory):
-    """Six images, and folders in which others lie."""
+    """Six images, and others in subfolders."""
     root = tmp_path_factory.mktemp('six')
     for i, path in enumerate(FILES + ['deep/er/gnu.png', 'one/twin.png', 'two/twin.png', 'PHOTO.JPG']):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -31,13 +31,13 @@ def root(six, tmp_path):
 
 
 def table(*columns, sep=','):
-    """Rows of these columns, each a header and values; one value is repeated."""
+    """Return a table of columns, each a header with values; a single value is repeated."""
     columns = [[head, *(values if isinstance(values, (list, range)) else [values] * 6)] for head, values in columns]
     return '\n'.join(sep.join(map(str, row)) for row in zip(*columns, strict=True)) + '\n'
 
 
 def read(root, text, name='labels.csv', **options):
-    """Labels by path as the table has them, by split; and the remarks."""
+    """Read a table; return the label of each path by split, and the remarks."""
     file = root / name
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     data = open_data(root, file, **options)
@@ -53,10 +53,10 @@ SPECIES, SPLIT = ('species', LABELS), ('Split', ['train', 'train', 'Train', 'val
 
 @pytest.mark.parametrize('text, taken', [
     (table(('image_id', FILES), ('width', range(6)), LABEL), 'files in column `image_id`; labels in column `label`'),
-    (table(('filename', FILES), ('fold', [1, 2] * 3), SPECIES), 'column `species`, 2 classes: a, b; not used: `fold`'),
+    (table(('filename', FILES), ('fold', [1, 2] * 3), SPECIES), '`species`, 2 classes: a, b; unused columns: `fold`'),
     (table(('image', FILES), ('a', [1, 0] * 3), ('b', [0, 1] * 3)), 'labels in column `a`, `b`, 2 classes: a, b'),
     (table(('image', FILES), ('a', ['True', 'False'] * 3), ('b', ['False', 'True'] * 3), ('age', 7)),
-     'not used: `age`'),
+     'unused columns: `age`'),
     (table(('', range(6)), ('x', FILES), ('y', LABELS)), 'files in column `x`; labels in column `y`'),
     (table(('', range(6)), FILE, ('Label', [0, 1] * 3), ('ClassName', LABELS)), 'labels in column `ClassName`'),
     (table(('id', [f[:-4] for f in FILES]), ('breed', LABELS)), 'files in column `id`; labels in column `breed`'),
@@ -65,7 +65,7 @@ SPECIES, SPLIT = ('species', LABELS), ('Split', ['train', 'train', 'Train', 'val
     (table(('Class Name', LABELS), ('Filepath', FILES)), 'files in column `Filepath`; labels in column `Class Name`'),
     (table(('1', FILES), ('2', LABELS))[4:], 'files in column `1`; labels in column `2`'),
 ])
-def test_the_right_columns_are_taken_and_named(root, text, taken):
+def test_the_right_columns_are_chosen_and_reported(root, text, taken):
     (train, val), remarks = read(root, text)
     assert {**train, **val} == TAKEN and taken in remarks[0]
 
@@ -101,7 +101,7 @@ def test_without_a_column_of_splits_their_folders_are_followed(root):
     ([FILE, ('fold', [1, 1, 2] * 2), ('x', LABELS)], 'X'),
     ([FILE, ('set', ['train', 'test'] * 3)], 'set'),
 ])
-def test_what_is_not_clear_is_refused_until_the_column_is_named(root, columns, column):
+def test_an_ambiguous_column_of_labels_must_be_named(root, columns, column):
     with pytest.raises(InputError, match=re.escape(', '.join(f'`{name}`' for name, _ in columns)) + '.*--label-column'):
         read(root, table(*columns))
     (train, val), remarks = read(root, table(*columns), label_column=column)
@@ -130,16 +130,16 @@ def test_a_column_of_a_table_without_a_header_is_named_by_its_number(root):
     ('comments', '# made by hand, 2024\n#\n' + table(FILE, LABEL).replace('bee', '# more\nbee'), '3 lines that begin'),
     ('blank lines', '\n\n' + table(FILE, LABEL).replace('\n', '\n\n') + ',\n', None),
     ('huge field', table(FILE, LABEL, ('note', 200_000 * 'x')), None),
-    ('ids', table(('id', [f[:-4] for f in FILES]), LABEL), 'such as {root}/ant.png for \'ant\''),
+    ('ids', table(('id', [f[:-4] for f in FILES]), LABEL), 'such as \'ant\' for {root}/ant.png'),
     ('backslashes', table(('file', ['.\\' + f for f in FILES]), LABEL), None),
-    ('case', table(('file', [f.upper() for f in FILES]), LABEL), 'such as {root}/ant.png for \'ANT.PNG\''),
-    ('folders elsewhere', table(('file', [f'C:\\data\\pics\\{f}' for f in FILES]), LABEL), '6 files have other names'),
+    ('case', table(('file', [f.upper() for f in FILES]), LABEL), 'such as \'ANT.PNG\' for {root}/ant.png'),
+    ('folders elsewhere', table(('file', [f'C:\\data\\pics\\{f}' for f in FILES]), LABEL), '6 names in the table'),
     ('again', table(FILE, LABEL) * 2, None),
-    ('again, below', table(FILE, LABEL) + 'ant.png,a\n', '1 rows name an image again'),
+    ('again, below', table(FILE, LABEL) + 'ant.png,a\n', '1 rows repeat an image'),
 ])
-def test_what_programs_write_is_read(root, name, text, remark):
+def test_common_formats_are_read(root, name, text, remark):
     if name == 'again':
-        with pytest.raises(InputError, match="neither in .* nor beside it: file"):
+        with pytest.raises(InputError, match="neither in .* nor beside the table: file"):
             read(root, text)
         return
     (train, val), remarks = read(root, text)
@@ -147,7 +147,7 @@ def test_what_programs_write_is_read(root, name, text, remark):
     assert not remark or any(remark.format(root=root) in line for line in remarks)
 
 
-def test_labels_may_have_anything_inside(root):
+def test_labels_may_have_any_characters(root):
     labels = ['tench, Tinca tinca', 'an "A"', 'two\nlines', '#1', 'None', 'x;y']
     text = 'file,label\n' + ''.join('{}.png,"{}"\n'.format(name, label.replace('"', '""'))
                                     for name, label in [*zip('abcdef', labels, strict=True)] + [*zip('ghijkl', labels,
@@ -159,9 +159,9 @@ def test_labels_may_have_anything_inside(root):
 
 
 def test_files_are_found_in_the_folder_of_the_table_too(root):
-    (root / 'pictures').mkdir()
+    (root / 'images').mkdir()
     (root / 'labels.csv').write_text(table(FILE, LABEL))
-    data = open_data(root / 'pictures', root / 'labels.csv')
+    data = open_data(root / 'images', root / 'labels.csv')
     assert len(data.train) + len(data.val) == 6
 
 
@@ -187,7 +187,7 @@ def test_a_table_of_a_usual_name_is_found_beside_the_images(tmp_path, root, name
     assert f'{name}: files in column' in data.remarks[0]
 
 
-def test_class_folders_go_before_a_table_that_was_not_named(tmp_path):
+def test_class_folders_take_precedence_over_a_table_that_is_not_named(tmp_path):
     for name in 'cat/1.png', 'cat/2.png', 'dog/3.png', 'dog/4.png':
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new('RGB', (8, 6), (ord(name[4]), 0, 0)).save(tmp_path / name)
@@ -203,35 +203,36 @@ def test_class_folders_go_before_a_table_that_was_not_named(tmp_path):
     (table(FILE, ('label', ['a', '', 'b', 'nan', 'b', 'NaN'])),
      '3 of 6 rows in {file} have no label: row 3, row 5, row 7'),
     (table(FILE, LABEL) + '\n\n,c\n', '1 of 7 files in {file} are neither'),
-    ('ant.png,a\nbee.png,b\ngnat.png,a\n', '1 of 3 files in {file} are neither in {root} nor beside it: gnat.png'),
-    ('gnat,a\nant,a\nbee,b\n', '1 of 3 files in {file} are neither in {root} nor beside it: gnat'),
+    ('ant.png,a\nbee.png,b\ngnat.png,a\n', 'of 3 files in {file} are neither in {root} nor beside the table: gnat.png'),
+    ('gnat,a\nant,a\nbee,b\n', '1 of 3 files in {file} are neither in {root} nor beside the table: gnat'),
     (table(('file', ['twin'] + FILES[1:]), LABEL),
-     "'twin' in {file} may be any of {root}/one/twin.png, {root}/two/twin"),
-    (table(FILE, LABEL) + './ant.png,b\n', 'calls {root}/ant.png both a and b, in rows 2 and 8'),
-    (table(FILE, LABEL) + 'ant,b\n', 'calls {root}/ant.png both a and b, in rows 2 and 8'),
-    (table(FILE, LABEL, SPLIT) + 'ant.png,a,val\n', 'calls {root}/ant.png both train and val, in rows 2 and 8'),
-    (table(FILE, LABEL, ('split', ['train', 'val', ''] * 2)), 'has to say train, val or test in every row'),
+     "'twin' in {file} matches several images: {root}/one/twin.png, {root}/two/twin"),
+    (table(FILE, LABEL) + './ant.png,b\n', '{root}/ant.png is both a and b in {file}, in rows 2 and 8'),
+    (table(FILE, LABEL) + 'ant,b\n', '{root}/ant.png is both a and b in {file}, in rows 2 and 8'),
+    (table(FILE, LABEL, SPLIT) + 'ant.png,a,val\n', '{root}/ant.png is both train and val in {file}, in rows 2 and 8'),
+    (table(FILE, LABEL, ('split', ['train', 'val', ''] * 2)), 'must be train, val or test in every row'),
     (table(FILE, ('x', [0.2, 0.8, 0.4] * 2), ('y', [0.8, 0.2, 0.6] * 2)),
-     'which column of {file} has the labels is not clear'),
-    (table(('n', range(6)), ('file', FILES)), '{file} has no column of labels; it has `n`, `file`'),
+     '{file} has an ambiguous column of labels; its columns are `file`'),
+    (table(('n', range(6)), ('file', FILES)), '{file} has no column of labels; its columns are `n`, `file`'),
     (table(FILE), 'has no column of labels'),
-    (table(('x', 1), ('y', 2)), 'no column of {file} names images in {root}'),
+    (table(('x', 1), ('y', 2)), 'no column of {file} has names of images in {root}'),
     ('', '{file} cannot be read as a table'),
+    ('6\n' + table(FILE, LABEL, sep=' '), 'the first line of {file} is only a number, 6, such as a count of rows'),
     ('file,label\nant.png,tench, Tinca tinca\n', 'cannot be read as a table'),
-    ('ant.png,a\nbee.png,a\n', 'one class only (a)'),
-    ('ant.png,a\nbee.png,b\n', 'one image of every class'),
+    ('ant.png,a\nbee.png,a\n', 'only one class (a)'),
+    ('ant.png,a\nbee.png,b\n', 'only one image per class'),
     (b'PK\3\4\0\0', '{file} is not a text file; save the table as CSV'),
 ])
-def test_a_table_that_does_not_fit_is_refused(root, text, wanted):
+def test_an_invalid_table_is_refused(root, text, wanted):
     with pytest.raises(InputError, match=re.escape(wanted.format(file=root / 'labels.csv', root=root))):
         read(root, text)
 
 
-def test_rows_without_a_label_are_left_out_on_demand(root):
+def test_rows_without_a_label_are_skipped_on_request(root):
     text = table(FILE, ('label', ['a', '', 'a', 'b', 'nan', 'b']))
     (train, val), remarks = read(root, text, skip_unlabeled=True)
     assert {**train, **val} == {'ant.png': 'a', 'cod.png': 'a', 'doe.png': 'b', 'fox.png': 'b'}
-    assert any('2 of 6 rows' in remark and 'are left out' in remark for remark in remarks)
+    assert any('2 of 6 rows' in remark and 'are skipped' in remark for remark in remarks)
 
 
 def test_the_order_of_rows_does_not_matter(root):

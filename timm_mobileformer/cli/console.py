@@ -16,15 +16,15 @@ from tqdm import tqdm
 __all__ = ['InputError', 'abbreviate', 'close_bars', 'missing', 'printable', 'progress', 'quiet_unless_it_fails',
            'quote', 'reason']
 
-SECONDS = 30  # between lines of progress where there is no terminal
+SECONDS = 30  # between lines of progress without a terminal
 
 
 class InputError(Exception):
-    """An input cannot be used; the message says what is wrong and what would be right."""
+    """Error in an input of the user; the message states the problem and, where possible, the solution."""
 
 
 def printable(text: str) -> str:
-    """Write control characters, such as those that begin escape sequences of terminals, as Python does: `\\x1b`."""
+    """Escape control characters, such as those of terminal escape sequences, as Python does: `\\x1b`."""
     return re.sub(r'[\x00-\x1f\x7f-\x9f]', lambda match: repr(match[0])[1:-1], text)
 
 
@@ -36,36 +36,36 @@ def reason(error: BaseException, limit: int = 600) -> str:
     if isinstance(error, KeyError):
         text = f'there is no {text}'
     if isinstance(error, InputError):
-        return printable(text.replace('\n', ' '))  # keeps the spaces of commands that can be pasted
+        return printable(text.replace('\n', ' '))  # keep spaces: there may be commands to copy
     text = printable(' '.join(text.split()) or type(error).__name__)
     return text if len(text) <= limit else f'{text[:limit]} …'
 
 
 def abbreviate(names: Iterable[Any], limit: int = 5) -> str:
-    """Join the first `limit` names, in printable characters, and say how many more there are."""
+    """Join the first `limit` names, with control characters escaped, and the number of the others."""
     names = [printable(str(n)) for n in (sorted(names, key=str) if isinstance(names, Set) else names)]
     return ', '.join(names[:limit]) + (f' and {len(names) - limit:,} more' if len(names) > limit else '')
 
 
 def quote(text: Any) -> str:
-    """Quote a text for the shell."""
+    """Quote a string for the shell."""
     return shlex.quote(str(text))
 
 
 def missing(extra: str, *modules: str) -> str:
-    """Return which modules are not installed and which extra installs them, '' if none is missing."""
+    """Return a message with the missing modules and the extra that installs them, '' if none is missing."""
     absent = [name for name in modules if not find_spec(name)]
     return f"needs {', '.join(absent)}: pip install 'timm_mobileformer[{extra}]'" if absent else ''
 
 
 class ProgressLines(io.TextIOBase):
-    """A file for tqdm where there is no terminal: passes a line to standard error every `SECONDS`."""
+    """Output file for tqdm without a terminal: prints a line to standard error every `SECONDS`."""
 
     def __init__(self) -> None:
         self.next = time.monotonic() + SECONDS
 
     def write(self, text: str) -> int:
-        line = text.strip()  # of the codes that move a terminal's cursor
+        line = text.strip()  # remove carriage returns and other cursor codes
         if line and time.monotonic() >= self.next:
             print(line, file=sys.stderr, flush=True)
             self.next = time.monotonic() + SECONDS
@@ -73,7 +73,7 @@ class ProgressLines(io.TextIOBase):
 
 
 class progress(tqdm):
-    """A tqdm progress bar that is removed when done; without a terminal, a line every half minute."""
+    """tqdm progress bar that disappears when done; without a terminal, it prints a line every 30 seconds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         file = None if sys.stderr.isatty() else ProgressLines()
@@ -82,7 +82,7 @@ class progress(tqdm):
 
 @contextmanager
 def quiet_unless_it_fails() -> Iterator[None]:
-    """Hide what libraries write to standard error, unless an exception is raised."""
+    """Hide the standard error of libraries unless an exception is raised."""
     with tempfile.TemporaryFile() as kept:
         sys.stderr.flush()
         shown = os.dup(2)
@@ -100,6 +100,6 @@ def quiet_unless_it_fails() -> Iterator[None]:
 
 
 def close_bars() -> None:
-    """Remove progress bars that are left after an error, including those of other libraries."""
+    """Close all open progress bars, including those of other libraries, before an error is printed."""
     for bar in list(tqdm._instances):
         bar.close()

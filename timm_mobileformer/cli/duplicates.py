@@ -1,4 +1,4 @@
-"""Finding images that are byte for byte the same."""
+"""Byte-for-byte identical images."""
 import os
 import stat
 from collections import defaultdict
@@ -13,15 +13,16 @@ HEAD = 1 << 16  # bytes
 
 
 def size(path: str) -> Optional[int]:
+    """Return the size of a regular, non-empty file, None for anything else."""
     try:
         status = os.stat(path)
-    except OSError:  # named when images are checked
+    except OSError:  # reported by `check_images`
         return None
-    return status.st_size or None if stat.S_ISREG(status.st_mode) else None  # empty files are no images
+    return status.st_size or None if stat.S_ISREG(status.st_mode) else None
 
 
 def digest(path: str, length: Optional[int] = None) -> Optional[bytes]:
-    """Of the first bytes of a file, or of all of them."""
+    """Return the SHA-256 of the first `length` bytes of a file, or of all bytes; None if it cannot be read."""
     try:
         with open(path, 'rb', buffering=0) as file:
             if length:
@@ -35,7 +36,7 @@ def digest(path: str, length: Optional[int] = None) -> Optional[bytes]:
 
 
 def divide(groups: Iterable[List[str]], key: Callable[[str], Any]) -> List[List[str]]:
-    """Divide groups by a key, and drop what is alone then or has none."""
+    """Divide groups by a key, without items whose key is None or differs from all others in the group."""
     divided = []
     for group in groups:
         by_key: Dict[Any, List[str]] = defaultdict(list)
@@ -47,9 +48,9 @@ def divide(groups: Iterable[List[str]], key: Callable[[str], Any]) -> List[List[
 
 
 def identical_files(paths: Iterable[str]) -> List[List[str]]:
-    """Groups of paths, in their order, whose files have the same content; links included.
+    """Return groups of paths whose files, or targets of links, have the same content.
 
-    Only files of the same size are read: their first 64 KiB and, if these agree, the rest.
+    Only files of the same size are read: the first 64 KiB and, if these are equal, the rest.
     """
     by_size = divide([list(dict.fromkeys(paths))], size)
     with progress(total=sum(map(len, by_size)), desc='comparing images') as bar:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .options import (
     batch_size_option,
+    check_label_pattern,
     check_onnx,
     class_map_option,
     device_option,
@@ -37,3 +38,4 @@ Classes are matched by name."""
 
 def resolve_options(args: argparse.Namespace) -> None:
     check_onnx(args)
+    check_label_pattern(args)

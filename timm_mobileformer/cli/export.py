@@ -9,6 +9,7 @@ from .console import InputError, missing
 from .options import (
     at_least,
     check_exist,
+    check_label_pattern,
     class_map_option,
     data_options,
     existing_folder,
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def resolve_options(args: argparse.Namespace) -> None:
     """Make `formats` those that can be written here; `left_out` says what the others lack."""
     check_exist(args.images)
+    check_label_pattern(args)
     if args.images and (args.data_dir or args.labels):
         raise InputError('--images are pictures without labels, --data-dir and --labels have some; name one of both')
     if args.opset and not {'onnx', 'onnx-int8', 'all'}.intersection(args.formats):

@@ -98,9 +98,9 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
                       decoded(val))
     if args.images:
         found = ImageScan()
-        paths = found.named(args.images)
+        paths = found.expand(args.images)
         if not paths:
-            raise InputError(f'no pictures in {abbreviate(args.images)}{found.of_types(", only")}')
+            raise InputError(f'no pictures in {abbreviate(args.images)}{found.ignored_types(", only")}')
         check_images(paths, args.workers)
         samples = [(path, 0) for path in paths]
         return Inputs(load(samples), load(thin_out(samples)), None, f'{len(paths):,} images', decoded(samples))

@@ -10,6 +10,7 @@ from .console import InputError
 from .options import (
     at_least,
     batch_size_option,
+    check_label_pattern,
     data_options,
     device_option,
     existing_folder,
@@ -100,6 +101,7 @@ def resolve_options(args: argparse.Namespace) -> None:
     if args.resume and named - RESUMED:
         others = ', '.join(sorted(map(option, named - RESUMED)))
         raise InputError(f'--resume continues with the options of the run; {others} cannot be changed')
+    check_label_pattern(args)
     if args.batch_size == 1:
         raise InputError('--batch-size must be at least 2 in training, not 1')
     if args.scale and not 0 < args.scale[0] <= args.scale[1] <= 1:

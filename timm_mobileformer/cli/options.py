@@ -13,18 +13,18 @@ from timm_mobileformer import __version__, versions
 from .console import InputError, abbreviate, missing
 
 __all__ = [
-    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_onnx', 'check_output',
-    'class_map_option', 'data_arguments', 'data_options', 'device_option', 'existing_file', 'existing_folder',
-    'folder_options', 'fraction',
-    'img_size_option', 'model_options', 'option', 'parse', 'threads_option', 'workers_option']
+    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_label_pattern', 'check_onnx',
+    'check_output', 'class_map_option', 'data_arguments', 'data_options', 'device_option', 'existing_file',
+    'existing_folder', 'folder_options', 'fraction', 'img_size_option', 'model_options', 'option', 'parse',
+    'threads_option', 'workers_option']
 
 SUBCOMMANDS = (
     'models', 'finetune', 'evaluate', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')
 ARCHIVES = ('.7z', '.gz', '.rar', '.tar', '.tgz', '.zip')
 
 
-# Values, as `type=` of argparse takes them. Each call with the same limits returns the same function, so that an option
-# has one type in all subcommands.
+# Types of options, for `type=` of argparse. `_number` is cached, so that an option has the same type object in all
+# subcommands.
 
 @cache
 def _number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
@@ -44,17 +44,17 @@ def _number(kind: Callable[[str], float], least: float, most: float) -> Callable
 
 
 def at_least(least: int, most: float = math.inf) -> Callable[[str], float]:
-    """Type of an integer option within limits."""
+    """Return the type of an integer option with limits."""
     return _number(int, least, most)
 
 
 def fraction(least: float = 0, most: float = 1) -> Callable[[str], float]:
-    """Type of a float option within limits."""
+    """Return the type of a float option with limits."""
     return _number(float, least, most)
 
 
 def existing_file(text: str) -> Path:
-    """Type of an option that names a file to read."""
+    """Type of an option that is the path to an existing file."""
     path = Path(text)
     if not path.exists() or path.is_dir():
         raise argparse.ArgumentTypeError(f'no such file: {text}')
@@ -62,10 +62,10 @@ def existing_file(text: str) -> Path:
 
 
 def existing_folder(text: str) -> Path:
-    """Type of an option that names a folder to read."""
+    """Type of an option that is the path to an existing folder."""
     path = Path(text)
     if path.is_file() and path.suffix.lower() in ARCHIVES:
-        raise argparse.ArgumentTypeError(f'{text} is an archive; unpack it, and name the folder')
+        raise argparse.ArgumentTypeError(f'{text} is an archive; unpack it and name the folder')
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f'no such folder: {text}')
     return path
@@ -76,31 +76,32 @@ def pattern(text: str) -> str:
     try:
         groups = re.compile(text).groups
     except re.error as e:
-        raise argparse.ArgumentTypeError(f'not a regular expression: {text!r} ({e})') from e
+        raise argparse.ArgumentTypeError(f'invalid regular expression {text!r}: {e}') from e
     if not groups:
-        raise argparse.ArgumentTypeError(f'has no group in parentheses to take the label from: {text!r}')
+        raise argparse.ArgumentTypeError(f'must have a group in parentheses for the label, unlike {text!r}')
     return text
 
 
-# Options that several subcommands have
+# Options of several subcommands
 
 DATA_OPTIONS = 'labels', 'label_column', 'skip_unlabeled', 'label_pattern', 'val_split'  # arguments of `open_data`
 
 
 def folder_options(group: Any, what: str) -> None:
     group.add_argument('--data-dir', metavar='DIR', type=existing_folder, help=what)
-    group.add_argument('--labels', metavar='FILE', type=existing_file,
-                       help='table of files in DIR and their labels, if there are no class folders')
+    source = group.add_mutually_exclusive_group()
+    source.add_argument('--labels', metavar='FILE', type=existing_file,
+                        help='table of files in DIR and their labels, instead of class folders')
     group.add_argument('--label-column', metavar='NAME',
-                       help='column of labels in the table, or its number if there is no header (default: the one of a '
-                            'usual name, or the only one)')
+                       help='column of labels in the table, or its number if there is no header (default: a column '
+                            'with a usual name, or the only one)')
     group.add_argument('--skip-unlabeled', action='store_true', default=None,
-                       help='leave out rows of the table that have no label')
+                       help='skip rows of the table that have no label')
     group.add_argument('--skip-bad-images', action='store_true', default=None,
-                       help='leave out images that cannot be read')
-    group.add_argument('--label-pattern', metavar='REGEX', type=pattern,
-                       help='regular expression whose first group is the label in the path of an image, such as '
-                            "'([^/]+)_[0-9]+'; a group named `split` may match train, val or test")
+                       help='skip images that cannot be read')
+    source.add_argument('--label-pattern', metavar='REGEX', type=pattern,
+                        help='regular expression whose first group is the label in the path of an image, instead of '
+                             "class folders, such as '([^/]+)_[0-9]+'; a group `split` may match train, val, test")
 
 
 def data_options(group: Any, default: str) -> None:
@@ -111,7 +112,7 @@ def data_options(group: Any, default: str) -> None:
 
 
 def data_arguments(args: argparse.Namespace) -> Dict[str, Any]:
-    """What the options of `data_options` that were given are as arguments of `open_data`."""
+    """Return the given options of `data_options` as arguments of `open_data`."""
     return {key: value for key in DATA_OPTIONS if (value := getattr(args, key, None)) is not None}
 
 
@@ -123,26 +124,26 @@ def model_options(
         size_note: str = '',
 ) -> None:
     group.add_argument('-m', '--model', metavar='NAME', default=default, required=required,
-                       help=f'model name of timm, folder written by finetune, or hf-hub:…{note}')
+                       help=f'name of a timm model, folder written by finetune, or hf-hub:…{note}')
     weights = group.add_mutually_exclusive_group()
     weights.add_argument('--pretrained', action='store_true', default=None,
-                         help='load the published weights of a model of timm')
+                         help='load the published weights of a timm model')
     weights.add_argument('--checkpoint', metavar='FILE', type=existing_file,
-                         help="load the weights from a file: checkpoint of train.py or of the authors, state dict, "
-                              'or safetensors')
+                         help="path to weights: checkpoint of timm's train.py or of the authors, state dict, or "
+                              'safetensors')
     group.add_argument('--use-ema', action='store_true', default=None,
-                       help='load the averaged weights of the checkpoint')
-    img_size_option(group, f'that of training, else that of the model{size_note}')
+                       help='load the EMA weights of the checkpoint')
+    img_size_option(group, f'the size used in training, else that of the model{size_note}')
 
 
 def class_map_option(group: Any) -> None:
     group.add_argument('--class-map', metavar='FILE', type=existing_file,
-                       help='class names, one per line (default: those of the weights)')
+                       help='file of class names, one per line (default: the names in the checkpoint)')
 
 
 def img_size_option(group: Any, default: str) -> None:
     group.add_argument('--img-size', type=at_least(32), metavar='N',
-                       help=f'height and width of images (default: {default})')
+                       help=f'height and width of the input (default: {default})')
 
 
 def batch_size_option(group: Any, default: Optional[int], shown: object) -> None:
@@ -161,7 +162,7 @@ def threads_option(group: Any, default: Optional[int] = 1, shown: str = '1') -> 
 
 
 def device_option(group: Any, default: Optional[str] = None) -> None:
-    shown = default or 'the accelerator that PyTorch finds, else cpu'
+    shown = default or 'the available accelerator, else cpu'
     group.add_argument('--device', default=default, help=f'device to run on (default: {shown})')
 
 
@@ -175,8 +176,14 @@ def check_onnx(args: argparse.Namespace) -> None:
         raise InputError(f'{args.model} {lack}')
     named = [key for key in ('checkpoint', 'pretrained', 'use_ema', 'img_size', 'device') if getattr(args, key)]
     if named:
-        raise InputError(f'{args.model} has its own weights and image size, and runs on the CPU; leave out '
+        raise InputError(f'{args.model} has fixed weights and image size and runs on the CPU; remove '
                          + ', '.join(map(option, named)))
+
+
+def check_label_pattern(args: argparse.Namespace) -> None:
+    """Raise an `InputError` if `--label-pattern` is given without `--data-dir`."""
+    if args.label_pattern and not args.data_dir:
+        raise InputError('--label-pattern needs --data-dir, the folder of the images')
 
 
 def check_output(path: Path, images: Sequence[Path]) -> None:
@@ -186,6 +193,7 @@ def check_output(path: Path, images: Sequence[Path]) -> None:
 
 
 def check_exist(paths: Optional[Sequence[Path]]) -> None:
+    """Raise an `InputError` if a path does not exist."""
     if lacking := [path for path in paths or () if not path.exists()]:
         raise InputError(f'no such image or folder: {abbreviate(lacking)}')
 
@@ -193,7 +201,7 @@ def check_exist(paths: Optional[Sequence[Path]]) -> None:
 # The command line
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `InputError`s that name the help of their own subcommand."""
+    """Argument parser that raises an `InputError` which refers to `--help` of the subcommand."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message.removeprefix("argument ")}; see {self.prog} --help')
@@ -206,18 +214,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(key: str) -> str:
+    """Return the option of an attribute of the parsed arguments: `--data-dir` for `data_dir`."""
     return f'--{key.replace("_", "-")}'
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse the command line, that of the process by default.
+    """Parse the command line.
 
-    Every subcommand is a module of this package that imports nothing heavy. It has a line of help, `HELP`; the name of
-    the module whose `run(args)` does the work, `WORK`; `add_options(parser)`; and, where defaults or errors depend on
-    several options, `resolve_options(args)`.
+    Each subcommand is a module of this package that does not import torch. It defines `HELP`, a line of help; `WORK`,
+    the name of the module whose `run(args)` does the work; `add_options(parser)`; and optionally
+    `resolve_options(args)`, for defaults and errors that depend on several options.
+
+    Args:
+        argv: Arguments, by default those of the process.
+
+    Returns:
+        The parsed arguments.
 
     Raises:
-        InputError: The command line is wrong, as far as that can be told without importing torch.
+        InputError: The arguments are invalid.
     """
     parser = Parser(
         prog='timm-mobileformer',

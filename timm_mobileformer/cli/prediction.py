@@ -33,7 +33,7 @@ def find_images(paths: List[Path]) -> List[str]:
         InputError: There are no images.
     """
     found = ImageScan()
-    files = found.named(paths)
+    files = found.expand(paths)
     for remark in found.remarks():
         print(remark, file=sys.stderr)
     if not files:

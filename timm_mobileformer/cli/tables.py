@@ -1,4 +1,4 @@
-"""Reading tables of images and labels."""
+"""Tables of labels: reading CSV and JSON lines."""
 import io
 import json
 import os
@@ -13,12 +13,12 @@ from .folders import Splits, natural_order, relative, split_of
 
 __all__ = ['read_labels']
 
-NO_LABEL = ('', 'nan', '<na>', 'n/a', 'null')  # in any case; None may be a class
+NO_LABEL = ('', 'nan', '<na>', 'n/a', 'null')  # in any case; without None, which may be the name of a class
 SEPARATORS = (',', ';', '\t', '|', r'\s+')
 
 
 def read_text(file: Path) -> Tuple[str, List[str]]:
-    """The text of a file, and a remark if its encoding was guessed."""
+    """Read the text of a file; return it with a remark if the encoding was guessed."""
     data = file.read_bytes()
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
         return data.decode('utf-16', 'replace'), []
@@ -27,11 +27,11 @@ def read_text(file: Path) -> Tuple[str, List[str]]:
     try:
         return data.decode('utf-8-sig'), []
     except UnicodeDecodeError:
-        return data.decode('cp1252', 'replace'), [f'{file} is not in UTF-8, and was read as Latin-1 (Windows-1252)']
+        return data.decode('cp1252', 'replace'), [f'{file} is not UTF-8, and was read as Latin-1 (Windows-1252)']
 
 
-def read_lines(file: Path) -> Any:
-    """The rows of a file of JSON lines as a data frame, with one row more for the names."""
+def read_json_lines(file: Path) -> Any:
+    """Read JSON lines as a data frame of text whose first row is the names of the columns."""
     import pandas as pd
 
     try:
@@ -50,21 +50,26 @@ def read_lines(file: Path) -> Any:
 
 
 def read_rows(file: Path, index: ImageIndex) -> Tuple[Any, List[str]]:
-    """All rows of a table as a data frame of text, indexed by their number in the file, and remarks.
+    """Read a table as a data frame of text, indexed by line number, the header included.
 
-    The separator is the one that leaves a column of files.
+    Args:
+        file: Path to the table.
+        index: Images, which choose the separator: that for which the most values are paths of images.
+
+    Returns:
+        The data frame, and remarks.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: The file cannot be read as a table.
     """
     import pandas as pd
 
     if file.suffix.lower() in ('.jsonl', '.ndjson'):
-        return read_lines(file), []
+        return read_json_lines(file), []
     text, remarks = read_text(file)
     lines = text.replace('\r\n', '\n').replace('\r', '\n').split('\n')
     separators: Sequence[str] = SEPARATORS
-    if named := re.fullmatch(r'"?sep=(.)"?', lines[0].strip('\ufeff'), re.IGNORECASE):  # for Excel
+    if named := re.fullmatch(r'"?sep=(.)"?', lines[0].strip('\ufeff'), re.IGNORECASE):  # written for Excel
         separators, lines[0] = (named[1],), ''
     quotes = comments = 0
     for i, line in enumerate(lines):
@@ -72,8 +77,11 @@ def read_rows(file: Path, index: ImageIndex) -> Tuple[Any, List[str]]:
             lines[i], comments = '', comments + 1
         quotes += line.count('"')
     if comments:
-        remarks.append(f'{file}: {comments:,} lines that begin with # were left out')
+        remarks.append(f'{file}: {comments:,} lines that begin with # were skipped')
     start = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    if lines[start].strip().isdigit():
+        raise InputError(f'the first line of {file} is only a number, {lines[start].strip()}, such as a count of rows; '
+                         'remove it')
     text = '\n'.join(lines[start:])
 
     def parse(separator: str, nrows: Optional[int] = None) -> Any:
@@ -87,7 +95,7 @@ def read_rows(file: Path, index: ImageIndex) -> Tuple[Any, List[str]]:
     def num_files(separator: str) -> int:
         try:
             head = parse(separator, SAMPLE)
-        except ValueError:  # rows of unequal length, if separated like this
+        except ValueError:  # rows of unequal length with this separator
             return 0
         return max((sum(map(bool, index.locate(head[c].unique()).values())) for c in head), default=0
                    ) if head.shape[1] > 1 else 0
@@ -104,16 +112,19 @@ def read_labels(
         label_column: Optional[str] = None,
         skip_unlabeled: bool = False,
 ) -> Tuple[Splits, List[str]]:
-    """Images, labels and splits of a table, and remarks on how it was read.
+    """Read a table of labels.
 
     Args:
-        file: Table, separated by commas, semicolons, tabs, `|` or blanks; or JSON lines.
+        file: Path to a table separated by commas, semicolons, tabs, `|` or spaces, or to JSON lines.
         root: Folder of the images.
-        label_column: Name of the column of labels; its number if there is no header.
-        skip_unlabeled: Leave out rows without a label.
+        label_column: Name of the column of labels, or its number, from 1, if there is no header.
+        skip_unlabeled: Skip rows without a label.
+
+    Returns:
+        The images of each split, and remarks on how the table was read.
 
     Raises:
-        InputError: It cannot be read, or not in one way only, or images are missing, unlabeled or labeled twice.
+        InputError: The table cannot be read or is ambiguous, or images are missing, unlabeled or labeled twice.
     """
     if lack := missing('demo', 'pandas'):
         raise InputError(f'{file} {lack}')
@@ -122,7 +133,7 @@ def read_labels(
     columns = Columns(file, rows, index, label_column)
     rows = columns.rows
     if len(columns.labels) > 1:
-        on = columns.on(columns.labels)
+        on = columns.is_on(columns.labels)
         labels = on.idxmax(axis=1).map(lambda c: columns.names[c]).where(on.any(axis=1), '')
     else:
         labels = rows[columns.labels[0]]
@@ -130,11 +141,11 @@ def read_labels(
     if unlabeled.any():
         which = f'{unlabeled.sum():,} of {len(rows):,} rows in {file} have no label'
         if not skip_unlabeled:
-            raise InputError(f'{which}: {abbreviate(f"row {i}" for i in rows.index[unlabeled])}; --skip-unlabeled '
-                             'leaves them out')
-        remarks.append(f'{which}, and are left out')
+            raise InputError(f'{which}: {abbreviate(f"row {i}" for i in rows.index[unlabeled])}; use --skip-unlabeled '
+                             'to skip them')
+        remarks.append(f'{which} and are skipped')
     rows, labels = rows[~unlabeled], labels[~unlabeled]
-    check_single(file, labels)
+    check_single_label(file, labels)
 
     found = index.locate(rows[columns.files].unique())
     check_found(file, root, found)
@@ -150,21 +161,21 @@ def read_labels(
         before = seen.setdefault(path, (row, label, split or 'train'))
         for one, other in zip(before[1:], (label, split or 'train'), strict=True):
             if one != other:
-                raise InputError(f'{file} calls {path} both {one} and {other}, in rows {before[0]} and {row}')
+                raise InputError(f'{path} is both {one} and {other} in {file}, in rows {before[0]} and {row}')
     if len(seen) < len(paths):
-        remarks.append(f'{file}: {len(paths) - len(seen):,} rows name an image again')
+        remarks.append(f'{file}: {len(paths) - len(seen):,} rows repeat an image')
     others = [(name, paths[0]) for name, paths in found.items()
               if os.path.normpath(paths[0]) not in [os.path.normpath(os.path.join(f, name)) for f in index.folders]]
     if others:
-        remarks.append(f'{file}: {len(others):,} files have other names than in the table, such as {others[0][1]} for '
-                       f'{others[0][0]!r}')
+        remarks.append(f'{file}: {len(others):,} names in the table differ from the paths of the images, such as '
+                       f'{others[0][0]!r} for {others[0][1]}')
     classes = sorted(labels.unique(), key=natural_order)
     taken = [f'files in column {columns.quoted([columns.files])}',
              f'labels in column {columns.quoted(columns.labels)}, {len(classes):,} classes: {abbreviate(classes)}']
     if split_by:
         taken.append(f'splits by {split_by}')
     if columns.unused:
-        taken.append(f'not used: {columns.quoted(columns.unused)}')
+        taken.append(f'unused columns: {columns.quoted(columns.unused)}')
     remarks.insert(0, f'{file}: ' + '; '.join(taken))
     splits: Splits = defaultdict(list)
     for path, (_, label, split) in sorted(seen.items()):
@@ -172,8 +183,8 @@ def read_labels(
     return splits, remarks
 
 
-def check_single(file: Path, labels: Any) -> None:
-    """Refuse labels that are lists of labels, such as `cat|dog`."""
+def check_single_label(file: Path, labels: Any) -> None:
+    """Raise an `InputError` if a label is a list of labels, such as `cat|dog`."""
     classes = set(labels)
     for label in sorted(classes):
         for separator in '|;,':
@@ -184,9 +195,10 @@ def check_single(file: Path, labels: Any) -> None:
 
 
 def check_found(file: Path, root: Path, found: Dict[str, List[str]]) -> None:
+    """Raise an `InputError` if a name in the table matches no image or several."""
     for name, paths in found.items():
         if len(paths) > 1:
-            raise InputError(f'{name!r} in {file} may be any of {abbreviate(paths)}')
-    if lacking := [name or 'an empty name' for name, paths in found.items() if not paths]:
-        raise InputError(f'{len(lacking):,} of {len(found):,} files in {file} are neither in {root} nor beside it: '
-                         + abbreviate(lacking))
+            raise InputError(f'{name!r} in {file} matches several images: {abbreviate(paths)}')
+    if absent := [name or 'an empty name' for name, paths in found.items() if not paths]:
+        raise InputError(f'{len(absent):,} of {len(found):,} files in {file} are neither in {root} nor beside the '
+                         'table: ' + abbreviate(absent))
