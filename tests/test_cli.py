@@ -216,7 +216,7 @@ def test_it_works_without_a_home_and_where_nothing_can_be_written(tmp_path, monk
     for name in 'HOME', 'XDG_CACHE_HOME', 'HF_HOME':
         monkeypatch.delenv(name, raising=False)
     args = ('tokens', tmp_path / 'a.png', '--model', 'test_mobileformer', '--checkpoint', tmp_path / 'weights.pth')
-    assert re.fullmatch(r'\. cannot be written to \(.*\); name another', refused(capsys, *args))
+    assert re.fullmatch(r'\. cannot be written to \(.*\); use another folder', refused(capsys, *args))
     assert main([*map(str, args), '--output', str(tmp_path / 'out.png')]) == 0
     assert (tmp_path / 'out.png').is_file()
 

@@ -182,9 +182,9 @@ def test_all_exports_for_what_is_installed_and_names_the_rest(copied, finetuned,
                     '--data-dir', digits, '--output', tmp_path) == 0
     printed = capsys.readouterr().out
     assert list(table(printed))[2:] == ['ONNX Runtime', 'ONNX Runtime, int8']
-    assert "left out: openvino needs openvino: pip install 'timm_mobileformer[openvino]'" in printed
-    assert "left out: executorch needs executorch: pip install 'timm_mobileformer[executorch]'" in printed
-    assert 'left out: aoti needs a C++ compiler: install g++' in printed
+    assert "skipped: openvino needs openvino: pip install 'timm_mobileformer[openvino]'" in printed
+    assert "skipped: executorch needs executorch: pip install 'timm_mobileformer[executorch]'" in printed
+    assert 'skipped: aoti needs a C++ compiler: install g++' in printed
 
 
 # Metadata
@@ -219,11 +219,11 @@ def small(request, photos, tmp_path_factory):
         assert status == 0 and 'checked on 10 images' in printed.getvalue()
         rows = table(printed.getvalue())
         assert list(rows)[2:] == ['ONNX Runtime', 'ONNX Runtime, int8']
-        assert {row['predicted as by PyTorch, %'] for row in list(rows.values())[:3]} == {'100.00'}
+        assert {row['agreement with PyTorch, %'] for row in list(rows.values())[:3]} == {'100.00'}
         assert all(float(row['largest difference of a probability']) <= 0.01 for row in list(rows.values())[:3])
     else:
         assert status == 1 and 'checked on noise' in printed.getvalue()
-        assert 'left out: onnx-int8: must see pictures' in printed.getvalue()
+        assert 'skipped: onnx-int8: calibration needs images' in printed.getvalue()
         assert list(table(printed.getvalue()))[2:] == ['ONNX Runtime']
     return named, folder / 'test_mobileformer.onnx'
 
@@ -317,7 +317,7 @@ def test_a_finetuned_model_is_checked_on_its_validation_set(
     state['args']['data_dir'] = str(tmp_path / 'moved')
     torch.save(state, model / 'last.pth.tar')
     out = said()
-    assert f'was trained on {tmp_path}/moved, which is not there' in out and 'checked on noise' in out
+    assert f'was trained on {tmp_path}/moved, which no longer exists' in out and 'checked on noise' in out
 
 
 @needs('onnx')
@@ -331,7 +331,7 @@ def test_a_format_that_fails_leaves_the_others(copied, finetuned, monkeypatch, c
     monkeypatch.setitem(formats.FORMATS, 'onnx-int8', formats.FORMATS['onnx-int8']._replace(export=fail))
     assert run_here('onnx-int8', 'onnx', '--model', finetuned[0] / 'output/finetune', '--output', tmp_path) == 1
     out, err = capsys.readouterr()
-    assert list(table(out))[2:] == ['ONNX Runtime'] and 'left out: onnx-int8: there is no such operator' in out
+    assert list(table(out))[2:] == ['ONNX Runtime'] and 'skipped: onnx-int8: there is no such operator' in out
     assert 'a hint of the exporter' in err
     assert {path.name for path in tmp_path.iterdir()} == {'mobileformer_52m.onnx', 'mobileformer_52m.onnx.json'}
 
@@ -406,7 +406,7 @@ def test_files_of_another_model_do_not_stay_beside_those_of_this_one(copied, fin
     save_file(weights, model / 'model.safetensors')
     monkeypatch.setitem(formats.FORMATS, 'onnx-int8', formats.FORMATS['onnx-int8']._replace(export=fail))
     assert run_here('onnx', 'onnx-int8', '--model', model, '--output', out) == 1
-    assert f'removed from {out}, since another export wrote them: mobileformer_52m.int8.onnx' in capsys.readouterr().out
+    assert f'removed outdated files from {out}: mobileformer_52m.int8.onnx' in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == before - {
         'mobileformer_52m.int8.onnx', 'mobileformer_52m.int8.onnx.json'}
 
@@ -415,7 +415,7 @@ def test_files_of_another_model_do_not_stay_beside_those_of_this_one(copied, fin
 
 def test_an_opset_is_refused_without_an_onnx_format(capsys):
     assert run_here('aoti', '--opset', 18) == 2
-    assert '--opset is for onnx and onnx-int8' in capsys.readouterr().err
+    assert '--opset applies to onnx and onnx-int8' in capsys.readouterr().err
 
 
 def refused(capsys, *args):
@@ -456,5 +456,5 @@ def test_a_file_that_answers_otherwise_or_loses_accuracy_is_not_kept(
     before.write_text('of before')
     assert run_here(name, '--model', finetuned[0] / 'output/finetune', '--data-dir', digits, '--output', tmp_path,
                     *more) == 1
-    assert re.fullmatch('left out: ' + problem, capsys.readouterr().out.splitlines()[-1])
+    assert re.fullmatch('skipped: ' + problem, capsys.readouterr().out.splitlines()[-1])
     assert list(tmp_path.iterdir()) == [before] and before.read_text() == 'of before'

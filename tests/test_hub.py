@@ -259,7 +259,7 @@ def test_missing_weights_give_one_error_with_the_repository_the_reason_and_ways_
     })
     reasons = {
         'missing': 'does not exist', 'private': 'is private', 'forbidden': '403', 'dropped': '', 'trouble': '503',
-        'empty': 'it holds no model.safetensors', 'empty@nope': 'no such revision', 'truncated': 'damaged',
+        'empty': 'it contains no model.safetensors', 'empty@nope': 'no such revision', 'truncated': 'damaged',
         'foreign': 'unexpected: bn1.bias', 'code': 'refused',
     }
     results = clients(tmp_path / 'jobs', {
@@ -326,7 +326,7 @@ def test_one_commit_holds_the_files_timm_writes(variant, published, hub):
     assert 'arxiv:2108.05895' in card.data.tags
     assert 'authors state no licence' in card.content and '@inproceedings{chen2022mobileformer' in card.content
     assert f'|mobileformer_{variant}|' in card.content and f'`{variant}.pth.tar`, SHA-256' in card.content
-    assert f'{repo}: downloaded again, same answer to the bit' in published.out
+    assert f'{repo}: verified after download, outputs are bit-identical' in published.out
     assert 'hf_writer' not in published.out
     assert not any(b'hf_writer' in content for content in hub.files(repo).values())
 
@@ -345,7 +345,7 @@ def test_publishing_again_changes_nothing_and_says_so(published, hub, clients, c
     repo, file = repository('26m'), checkpoints / '26m.pth.tar'
     before = hub.load(repo)
     result = clients(tmp_path, {'again': upload(*weights('26m', file))})['again']
-    assert result.status == 0 and 'unchanged, the Hub holds these files already' in result.out
+    assert result.status == 0 and 'unchanged, the Hub has these files already' in result.out
     assert hub.load(repo) == before
 
 
@@ -427,7 +427,7 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
     reasons = {
         'unexpected': 'unexpected: extra', 'missing': 'missing: stem.1.running_var',
         'mismatch': 'tokens.weight (4, 128)', 'other': 'size mismatch',
-        'nan': 'NaN or infinity in stages.1.1', 'explodes': 'answers NaN', 'classes': '7 classes',
+        'nan': 'NaN or infinity in stages.1.1', 'explodes': 'outputs NaN', 'classes': '7 classes',
         'list': 'no named tensors', 'bomb': 'would execute code', 'truncated': 'damaged', 'ema': 'no averaged weights',
         'absent': 'no such file',
     }
@@ -436,7 +436,8 @@ def test_what_should_not_be_published_is_refused_before_anything_is_sent(hub, cl
                      *(['--use-ema'] if name == 'ema' else [])) for name in reasons
     }
     reasons.update({
-        'damaged': 'damaged', 'twice': 'both of mobileformer_26m', 'namespace': 'bad name', 'folder': 'no such folder',
+        'damaged': 'damaged', 'twice': 'both checkpoints of mobileformer_26m', 'namespace': 'bad name',
+        'folder': 'no such folder',
     })
     jobs.update({
         'damaged': upload(*weights('26m', tmp_path / 'truncated.safetensors')),
@@ -488,9 +489,9 @@ def test_accuracy_on_real_images_is_compared_with_the_papers(hub, clients, check
     assert '`model.safetensors`, SHA-256 `' in results['folder'].out
     assert not {step for _, step in hub.log[seen:]} - {'head', 'get', 'info', 'tree'}
     assert results['right'].status == 0 and 'top-1 100.00 on 5 images, 64.0 in the paper' in results['right'].out
-    assert 'top-1 0.00 is more than 0.3 short of the 64.0' in message(results['wrong'])
+    assert 'top-1 0.00 is more than 0.3 points below 64.0' in message(results['wrong'])
     assert results['forced'].status == 0
-    assert 'named as ImageNet names them' in message(results['unnamed'])
+    assert 'with ImageNet names' in message(results['unnamed'])
     assert not (tmp_path / 'files-wrong').exists()
 
 
@@ -502,8 +503,8 @@ def snapshot(hub: Hub, repo: str) -> Any:
 
 def test_a_failure_at_any_step_gives_one_line_and_leaves_the_hub_as_it_was(published, hub, clients, other, tmp_path):
     base, file = hub.folder / repository('26m'), other.read_bytes()
-    faults = {401: '(401); log in with', 403: '(403); ask others for permission', 404: '(404); is there a namespace',
-              409: '(409); look at it', 503: 'answered 503; try again later',
+    faults = {401: '(401); log in with', 403: '(403); ask others for permission', 404: '(404); check that',
+              409: '(409); check it', 503: 'answered 503; try again later',
               'drop': 'run this again', 'lose': 'run this again'}
     jobs, before = {}, {}
     for step in ('put', 'batch', 'preupload', 'create', 'info', 'yaml', 'commit'):  # the patient ones first
@@ -533,7 +534,8 @@ def test_a_failure_at_any_step_gives_one_line_and_leaves_the_hub_as_it_was(publi
     results = clients(tmp_path, readers)
     assert '(401)' in message(results['stranger']) and '(403)' in message(results['reader'])
     assert '(401)' in message(results['nobody'])
-    assert re.search('is published as .*, but does not load: the server answered 403', message(results['unverified']))
+    assert re.search('was published as .*, but cannot be loaded: the server answered 403',
+                     message(results['unverified']))
     assert snapshot(hub, repository('26m', 'others')) == state
 
 
@@ -547,7 +549,7 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(published, hub,
 
     hub.faults[repo, 'preupload'] = commit_first
     result = clients(tmp_path, {'late': upload(*weights('26m', other), '--repo-id', repo)})['late']
-    assert 'somebody else changed it in the meantime (412)' in message(result)
+    assert 'the repository was changed in the meantime (412)' in message(result)
     assert hub.files(repo) == {**hub.files(repository('26m')), 'notes.txt': b'by somebody else'}
 
 

@@ -114,7 +114,7 @@ def test_an_exported_file_must_say_how_it_is_used(tmp_path, capsys):
     Image.new('RGB', (80, 80)).save(tmp_path / 'a.png')
     assert main(['predict', str(tmp_path / 'a.png'), '--model', str(tmp_path / 'foreign.onnx')]) == 2
     line = capsys.readouterr().err
-    assert 'does not say how pictures become its input' in line and 'there are no input_size, interpolation, ' in line
+    assert 'describes its preprocessing' in line and 'missing: input_size, interpolation, ' in line
     (tmp_path / 'damaged.onnx').write_text('no ONNX')
     assert main(['predict', str(tmp_path / 'a.png'), '--model', str(tmp_path / 'damaged.onnx')]) == 2
     assert 'damaged.onnx cannot be read: it is damaged or not an ONNX file' in capsys.readouterr().err

@@ -147,12 +147,12 @@ def test_attention_is_drawn_over_what_the_model_sees_and_can_be_switched_off(pag
 def test_files_that_are_no_images_are_refused_in_a_sentence(page, photos, tmp_path):
     (tmp_path / 'broken.jpg').write_bytes(b'no picture')
     choose(page, tmp_path / 'broken.jpg')
-    assert complaint(page) == 'broken.jpg is not a picture that this browser can read.'
+    assert complaint(page) == 'broken.jpg is not an image that this browser can decode.'
     Image.new('RGB', (3000, 2)).save(tmp_path / 'hair.png')
     answer_to(page, photos[0])
     assert not page.find_element('id', 'error').is_displayed()
     choose(page, tmp_path / 'hair.png')
-    assert complaint(page) == 'hair.png has 3000 × 2 pixels: it is too narrow to be resized.'
+    assert complaint(page) == 'hair.png has 3000 × 2 pixels: its aspect ratio is too extreme to be resized.'
 
 
 def test_camera_is_looked_through_until_it_is_stopped_or_refused(page):
@@ -162,7 +162,7 @@ def test_camera_is_looked_through_until_it_is_stopped_or_refused(page):
     camera = page.find_element('id', 'camera')
     permit('denied')
     camera.click()
-    assert complaint(page) == 'The camera may not be used. Allow it for this page in the settings of the browser.'
+    assert complaint(page) == 'Camera access was denied. Allow it for this page in the browser settings.'
     permit('granted')
     camera.click()
     wait_for(page, "document.getElementById('picture').getAttribute('aria-label') == 'Camera'")
@@ -194,7 +194,7 @@ def test_runtime_that_is_not_the_pinned_one_is_not_run(page, site):
     try:
         wasm.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         page.refresh()
-        assert 'ort-wasm-simd-threaded.wasm is not the file that this page was made for' in complaint(page)
+        assert 'ort-wasm-simd-threaded.wasm does not match the expected hash' in complaint(page)
     finally:
         wasm.write_bytes(content)
 
@@ -221,5 +221,5 @@ def test_folder_without_the_runtime_is_refused_with_the_way_to_get_it(tmp_path, 
     assert main(['export', 'web', '--runtime', str(tmp_path), '--model', 'test_mobileformer', '--checkpoint',
                  str(tmp_path / 'last.pth'), '--output', str(tmp_path / 'site')]) == 2
     error = capsys.readouterr().err
-    assert 'does not hold ort.wasm.bundle.min.mjs and ort-wasm-simd-threaded.wasm' in error
+    assert 'does not contain ort.wasm.bundle.min.mjs and ort-wasm-simd-threaded.wasm' in error
     assert 'npm install onnxruntime-web@1.30.0' in error and not (tmp_path / 'site').exists()

@@ -119,13 +119,13 @@ def refused(capsys: Any, *args: Any) -> str:
 
 HUBS = {  # what the error says if Drive has nothing either
     'there': '', 'missing': 'it does not exist', 'private': 'is private', 'empty': 'no model.safetensors',
-    'forbidden': 'answered 403', 'trouble': 'answered 503', 'dropped': '', 'slow': 'no answer in time',
+    'forbidden': 'answered 403', 'trouble': 'answered 503', 'dropped': '', 'slow': 'timed out',
 }
 DRIVES = {
     'there': '', 'quota': QUOTA.rstrip('.'), 'sign in': 'Cannot retrieve the public link',
     'gone': 'Cannot retrieve the public link', 'error': 'Cannot retrieve the public link', 'html': 'a web page',
-    'short': 'damaged or no checkpoint', 'drop': 'incomplete', 'stall': '', 'redirects': 'in a circle',
-    'pages': 'no byte', 'another': 'does not fit', 'classes': 'size mismatch', 'nan': 'NaN or infinity in stem.conv',
+    'short': 'damaged or not a checkpoint', 'drop': 'incomplete', 'stall': '', 'redirects': 'too many redirects',
+    'pages': 'no data', 'another': 'does not fit', 'classes': 'size mismatch', 'nan': 'NaN or infinity in stem.conv',
     'code': 'refused',
 }
 
@@ -161,11 +161,12 @@ def test_the_hub_comes_first_then_drive_and_the_second_time_no_network_is_needed
         status, out = results[f'{h}-{d}']
         folder = cache_folder(NAME, tmp_path / f'{h}-{d}')
         if h == 'there':
-            assert out == f'{NAME}: weights of the Hugging Face repository sources/there{licence}{digest(on_hub)}\n'
+            assert out == (f'{NAME}: loading weights from the Hugging Face repository sources/there{licence}'
+                           f'{digest(on_hub)}\n')
             assert not folder.exists()
         elif d == 'there':
-            assert out.endswith(f"{NAME}: weights of the authors' file https://drive.google.com/file/d/there/view, "
-                                f'cached in {folder}/model.safetensors{licence}{digest(on_drive)}\n')
+            assert out.endswith(f"{NAME}: loading weights from the authors' file https://drive.google.com/file/d/there/view"
+                                f', cached in {folder}/model.safetensors{licence}{digest(on_drive)}\n')
             assert tree(folder) == KEPT
         else:
             assert status == 3 and f'repository sources/{h} (http' in out and "authors' file on Google Drive" in out
@@ -264,7 +265,7 @@ def test_libraries_load_cached_weights_by_name(module, create, cached, authors, 
 def test_a_file_that_was_saved_by_hand_is_checked_and_taken(drive, authors, here, capsys):
     file_by_hand(NAME).parent.mkdir(parents=True)
     file_by_hand(NAME).write_text('<html>saved the page instead</html>')
-    assert refused(capsys, 'weights', NAME).startswith(f'{NAME}: a web page, not the file; open https://')
+    assert refused(capsys, 'weights', NAME).startswith(f'{NAME}: a web page instead of a checkpoint; open https://')
     file_by_hand(NAME).write_bytes(authors[ID])
     assert main(['weights', NAME]) == 0 and not drive.log
     record = json.loads((here / 'source.json').read_text())
@@ -276,7 +277,7 @@ def test_a_file_that_was_saved_by_hand_is_checked_and_taken(drive, authors, here
 def test_a_record_pins_the_file(drive, authors, here, capsys):
     here.mkdir(parents=True)
     (here / 'source.json').write_text(json.dumps({'sha256': 'another'}))
-    assert f'{here / "source.json"} asks for another' in refused(capsys, 'weights', NAME)
+    assert f'{here / "source.json"} requires another' in refused(capsys, 'weights', NAME)
     assert tree(here) == ['.lock', 'source.json']
     (here / 'source.json').write_text(json.dumps({'sha256': hashlib.sha256(authors[ID]).hexdigest()}))
     assert main(['weights', NAME]) == 0
@@ -291,7 +292,7 @@ def test_weights_writes_a_folder_that_timm_loads(drive, authors, here, tmp_path,
     call = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('timm.create_model('))
     assert digest(eval(call.partition(' loads ')[0])) == digest(model_of(authors[ID], tmp_path))
     assert tree(folder) == ['config.json', 'model.safetensors'] and tree(here) == KEPT
-    assert 'holds mobileformer_26m.ms_in1k, not mobileformer_52m.ms_in1k; name another --output' in refused(
+    assert 'contains mobileformer_26m.ms_in1k, not mobileformer_52m.ms_in1k; use another --output' in refused(
         capsys, 'weights', 'mobileformer_52m', '--output', folder)
     (tmp_path / 'hand.pth').write_bytes(checkpoint('26m', 1))
     line = refused(capsys, 'weights', NAME, '--checkpoint', tmp_path / 'hand.pth')
@@ -328,11 +329,11 @@ def test_one_command_publishes_from_the_authors_links_and_goes_on_where_it_was_s
         assert drive.log == [AUTHORS_FILES[f'mobileformer_{v}'] for v in ('214m', '294m', '508m')]
         for name, file_id in AUTHORS_FILES.items():
             repo, content = f'others/{name}.ms_in1k', authors[file_id]
-            assert f'{repo}: downloaded again, same answer to the bit' in done.stdout
+            assert f'{repo}: verified after download, outputs are bit-identical' in done.stdout
             assert (f'https://drive.google.com/file/d/{file_id}/view, SHA-256 `{hashlib.sha256(content).hexdigest()}`, '
                     f'{len(content):,} bytes') in hub.files(repo)['README.md'].decode()
         again = publish('--model', NAME)
-        assert 'unchanged, the Hub holds these files already' in again.stdout and not drive.log
+        assert 'unchanged, the Hub has these files already' in again.stdout and not drive.log
 
 
 def test_the_first_block_of_the_readme_runs_again_with_both_servers_stopped(running, authors, tmp_path):

@@ -1,8 +1,8 @@
 """Mobile-Former (Chen et al., CVPR 2022) for timm.
 
-Importing this package registers the models with timm, at once where timm is there already, else right after timm has
-loaded its own. PyTorch imports it too, by an entry point of the group `torch.backends`, so that a program or library
-which knows nothing of this package finds the models by name. Nothing is imported before timm is.
+Importing this package registers the models with timm: immediately if timm is imported already, otherwise when timm is
+imported. PyTorch also imports it, through an entry point of the group `torch.backends`, so that the models are
+available in programs and libraries that do not import this package. Importing it does not import timm or PyTorch.
 """
 import sys
 import threading
@@ -29,7 +29,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    import_module('timm')  # before the modules below are locked, which a thread that imports timm is going to lock
+    import_module('timm')  # first, to avoid a deadlock with a thread that imports timm
     _register()
     return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
 
@@ -42,7 +42,7 @@ def _register() -> None:
     """Import the models, which registers them with timm.
 
     Raises:
-        ImportError: timm is too old for them.
+        ImportError: The installed timm is too old.
     """
     from . import versions
 
@@ -51,20 +51,20 @@ def _register() -> None:
         raise ImportError(f'timm {found} is too old, the models need timm {versions.MODELS} or later')
     models = sys.modules.get(f'{__name__}.mobileformer')
     register_model = getattr(models, 'register_model', None)
-    if register_model not in (None, sys.modules['timm.models'].register_model):  # of a timm that was removed since
+    if register_model not in (None, sys.modules['timm.models'].register_model):  # timm was re-imported
         for name in [name for name in sys.modules if name.startswith(f'{__name__}.')]:
             del sys.modules[name]
     import_module('.mobileformer', __name__)
 
 
 class _ModelsLoader:
-    """Loads `timm.models` with its own loader, then registers the models."""
+    """Load `timm.models` with its original loader, then register the models."""
 
     def __init__(self, loader: Any):
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'loader':  # not there yet in a copy that is being made
+        if name == 'loader':  # not set yet while being copied
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -73,19 +73,20 @@ class _ModelsLoader:
         self.loader.exec_module(module)
         try:
             _register()
-        except Exception as e:  # whoever imports timm may not want a Mobile-Former
-            warnings.warn(f'timm does not know the Mobile-Formers, {__name__} failed to load: {e!r}', stacklevel=2)
+        except Exception as e:  # must not break `import timm`
+            warnings.warn(
+                f'the Mobile-Former models are not registered: {__name__} failed to load: {e!r}', stacklevel=2)
 
 
 class _ModelsFinder(threading.local):
-    """Finds `timm.models` by asking all other finders."""
+    """Find `timm.models` with the other finders."""
 
     asking = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != 'timm.models' or name in sys.modules or self.asking:
             return None
-        self.asking = True  # other tools may have wrapped this finder, so that it cannot tell itself from the others
+        self.asking = True  # other tools may have wrapped this finder, so it cannot exclude itself from the list
         try:
             for finder in list(sys.meta_path):
                 find_spec: Any = getattr(finder, 'find_spec', None)
@@ -100,7 +101,7 @@ class _ModelsFinder(threading.local):
 
 
 def _autoload() -> None:
-    """What PyTorch calls when it is imported; importing this package was all there is to do."""
+    """Entry point for PyTorch; importing this package is sufficient."""
 
 
 if hasattr(sys.modules.get('timm'), 'create_model'):

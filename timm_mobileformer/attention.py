@@ -1,4 +1,4 @@
-"""The attention between map and tokens, in both directions, as tensors."""
+"""Attention maps between the feature map and the tokens."""
 from contextlib import ExitStack, contextmanager
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
@@ -27,14 +27,14 @@ class BridgeAttention(NamedTuple):
 
 
 def _scores(tokens: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Scaled products of tokens (B, M, C) and positions (B, C, H, W) in every head: (B, heads, M, H, W)."""
+    """Compute the attention scores (B, heads, M, H, W) of tokens (B, M, C) and positions (B, C, H, W)."""
     tokens = rearrange(tokens, 'b m (n c) -> b n m c', n=num_heads)
     x = rearrange(x, 'b (n c) h w -> b n c h w', n=num_heads)
     return torch.einsum('bnmc,bnchw->bnmhw', tokens * tokens.shape[3] ** -0.5, x)
 
 
 def _runs_without_hooks(module: nn.Module) -> bool:
-    """Whether a module is compiled, by `torch.compile` or in place, or scripted: hooks inside may not be called."""
+    """Return whether a module is compiled or scripted, so that hooks of its submodules may not be called."""
     return (module._compiled_call_impl is not None or hasattr(module, '_orig_mod')
             or isinstance(module, torch.jit.ScriptModule))
 
@@ -69,7 +69,7 @@ def recording(model: nn.Module) -> Iterator[List[BridgeAttention]]:
             hooks.enter_context(bridge.register_forward_pre_hook(record))
         try:
             model.eval()
-            net.set_grad_checkpointing(False)  # it would run the blocks again in backward, without the hooks
+            net.set_grad_checkpointing(False)  # recomputation in the backward pass would bypass the hooks
             yield maps
             if [module for module, _ in called] != [*bridges]:
                 raise TypeError('attention cannot be read: not every bridge of the model was called once and in order')

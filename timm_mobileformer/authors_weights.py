@@ -1,4 +1,4 @@
-"""The authors' weights: downloaded from Google Drive once, checked, and kept as safetensors in the cache."""
+"""Download the authors' weights from Google Drive, check them and cache them as safetensors."""
 import argparse
 import hashlib
 import json
@@ -22,34 +22,34 @@ from .checkpoint import checkpoint_filter_fn
 
 __all__ = ['cache_folder', 'cached_weights', 'drive_page', 'file_by_hand', 'get_authors_weights', 'read_record']
 
-STALL = 30  # seconds without a byte after which a download is given up
+STALL = 30  # timeout in seconds without data
 WEIGHTS, RECORD = 'model.safetensors', 'source.json'
 Folder = Union[str, Path, None]
 
 
 def drive_page(variant: str) -> str:
-    """Address of the authors' file of a variant, for a browser."""
+    """Return the URL of the authors' file of a variant on Google Drive."""
     return f'https://drive.google.com/file/d/{AUTHORS_FILES[variant]}/view'
 
 
 def cache_folder(variant: str, cache_dir: Folder = None) -> Path:
-    """Folder of a variant in `cache_dir`, by default that of huggingface_hub for files that are not of the Hub."""
+    """Return the cache folder of a variant; `cache_dir` defaults to the assets cache of huggingface_hub."""
     return Path(cache_dir or constants.HF_ASSETS_CACHE) / 'timm_mobileformer' / f'{variant}.{AUTHORS_TAG}'
 
 
 def file_by_hand(variant: str, cache_dir: Folder = None) -> Path:
-    """Where the authors' file is looked for before Google Drive is asked."""
+    """Return the path where a manually downloaded file is looked for before downloading."""
     return cache_folder(variant, cache_dir) / f'mobile-former-{variant.split("_")[1]}.pth.tar'
 
 
 def cached_weights(variant: str, cache_dir: Folder = None) -> Optional[Path]:
-    """The authors' weights of a variant if they are in the cache."""
+    """Return the path of the cached weights of a variant, None if they are not cached."""
     weights = cache_folder(variant, cache_dir) / WEIGHTS
     return weights if weights.is_file() else None
 
 
 def read_record(folder: Path) -> Dict[str, Any]:
-    """Where weights in the cache come from: url, size, sha256 and date of the authors' file; empty if unknown."""
+    """Return the url, size, sha256 and date of the file from which cached weights were converted, empty if unknown."""
     record = folder / RECORD
     try:
         return json.loads(record.read_text()) if record.is_file() else {}
@@ -58,19 +58,19 @@ def read_record(folder: Path) -> Dict[str, Any]:
 
 
 def get_authors_weights(variant: str, cache_dir: Folder = None, file: Optional[Path] = None) -> Path:
-    """Return the authors' weights as safetensors in the cache, downloaded from Google Drive if they are not there.
+    """Return the path of the authors' weights in the cache, after downloading them from Google Drive if necessary.
 
-    Processes that call this at the same time wait for the first of them.
+    Concurrent calls wait for the first of them.
 
     Args:
         variant: Name of the model without a tag.
         cache_dir: Folder of the cache, see `cache_folder`.
-        file: Take the authors' file from here instead, and replace what is in the cache.
+        file: Local copy of the authors' file, to be used instead of the cached or the remote one.
 
     Raises:
         OSError: The cache cannot be written, or the connection failed.
-        ValueError: The file is not what is expected.
-        Exception: Google Drive does not give the file; see `download_errors.why`.
+        ValueError: The file is not a valid checkpoint of the variant.
+        Exception: The download failed; see `download_errors.why`.
     """
     if not file and (weights := cached_weights(variant, cache_dir)):
         return weights
@@ -91,14 +91,14 @@ def get_authors_weights(variant: str, cache_dir: Folder = None, file: Optional[P
 
 
 def _download(variant: str, file: BinaryIO) -> None:
-    """Write the authors' file from Google Drive to `file`, with a progress bar on a terminal."""
+    """Download the authors' file from Google Drive to `file`, with a progress bar on a terminal."""
     if constants.HF_HUB_OFFLINE:
         raise OfflineModeIsEnabled('HF_HUB_OFFLINE is set')
     import gdown
     from tqdm import tqdm
 
     stop = threading.Event()
-    watch = threading.Timer(STALL, stop.set)  # gdown follows pages that lead to each other without an end
+    watch = threading.Timer(STALL, stop.set)  # gdown may follow confirmation pages forever
     watch.daemon = True
     with tqdm(desc=f'Downloading {variant}', unit='B', unit_scale=True, disable=None) as bar:
 
@@ -116,10 +116,10 @@ def _download(variant: str, file: BinaryIO) -> None:
 
 
 def _convert(variant: str, file: BinaryIO, folder: Path) -> None:
-    """Check the authors' file and write it as safetensors, with a record of where it came from.
+    """Check the authors' file and convert it to safetensors, with a record of its origin.
 
     Raises:
-        ValueError: It is no checkpoint of the variant, holds NaN or infinity, or is not the file of the record.
+        ValueError: The file is not a checkpoint of the variant, contains NaN or infinity, or does not match the record.
     """
     file.seek(0)
     digest = hashlib.sha256()
@@ -129,10 +129,10 @@ def _convert(variant: str, file: BinaryIO, folder: Path) -> None:
                   date=datetime.now(timezone.utc).date().isoformat())
     known = read_record(folder)
     if known.get('sha256', source['sha256']) != source['sha256']:
-        raise ValueError(f'the file has SHA-256 {source["sha256"]}, but {folder / RECORD} asks for {known["sha256"]}; '
-                         'delete the record to take the file all the same')
+        raise ValueError(f'the file has SHA-256 {source["sha256"]}, but {folder / RECORD} requires {known["sha256"]}; '
+                         'delete this record to accept the file')
     weights = checkpoint_filter_fn(_read(file), model := timm.create_model(variant, device='meta'))
-    model.load_state_dict(weights, assign=True)  # refuses other numbers of classes and channels, too
+    model.load_state_dict(weights, assign=True)  # also raises for other numbers of classes and channels
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f'NaN or infinity in {", ".join(broken[:5])}')
@@ -141,26 +141,26 @@ def _convert(variant: str, file: BinaryIO, folder: Path) -> None:
 
 
 def _read(file: BinaryIO) -> Dict[str, Any]:
-    """The state dict in a checkpoint of the authors; nothing in it is executed."""
+    """Read the state dict of an authors' checkpoint without executing code."""
     file.seek(0)
     if file.read(100).lstrip().startswith(b'<'):
-        raise ValueError('a web page, not the file')
+        raise ValueError('a web page instead of a checkpoint')
     file.seek(0)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # their training script saved its arguments
             content = torch.load(file, map_location='cpu', weights_only=True)
     except UnpicklingError:
         raise
-    except Exception as e:  # whatever a reader says to arbitrary bytes
-        raise ValueError(f'the file is damaged or no checkpoint ({e})') from e
+    except Exception as e:  # readers raise many types of errors for damaged files
+        raise ValueError(f'the file is damaged or not a checkpoint ({e})') from e
     tensors = content.get('state_dict', content) if isinstance(content, dict) else {}
     if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError('the file is no checkpoint, it holds no tensors by name')
+        raise ValueError('the file is not a checkpoint: it has no named tensors')
     return tensors
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file that is complete or not there."""
+    """Write a file atomically."""
     unfinished = path.with_name(f'{path.name}.unfinished')
     try:
         unfinished.write_bytes(content)

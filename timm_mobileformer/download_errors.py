@@ -1,35 +1,35 @@
-"""Why a download or an upload failed, in words: one table for the Hugging Face Hub, Google Drive and the disk."""
+"""Error messages for failed downloads and uploads: Hugging Face Hub, Google Drive and disk errors."""
 import errno
 
 __all__ = ['why']
 
-# By the name of the error, so that none of the libraries has to be imported.
+# Keyed by class name to avoid importing the libraries.
 _REASONS = {
     'OfflineModeIsEnabled': 'HF_HUB_OFFLINE is set',
-    'GatedRepoError': 'access to it has to be requested on its page',
-    'RepositoryNotFoundError': 'it does not exist, or is private and your token may not read it',
+    'GatedRepoError': 'the repository is gated; request access on its page',
+    'RepositoryNotFoundError': 'it does not exist, or it is private and the token has no read access',
     'RevisionNotFoundError': 'it has no such revision',
-    'EntryNotFoundError': 'it holds no model.safetensors',
-    'RemoteEntryNotFoundError': 'it holds no model.safetensors',
+    'EntryNotFoundError': 'it contains no model.safetensors',
+    'RemoteEntryNotFoundError': 'it contains no model.safetensors',
     'SafetensorError': 'the file is damaged; delete it to download it again',
-    'UnpicklingError': 'refused, the file is no checkpoint or would run code when it is read',
-    'TooManyRedirects': 'its pages lead to each other in a circle',
-    'DownloadCancelled': 'no byte of the file for 30 seconds',
-    'Timeout': 'no byte for 30 seconds',
-    'ReadTimeout': 'no answer in time',
-    'ConnectTimeout': 'no answer in time',
+    'UnpicklingError': 'refused, the file is not a checkpoint, or loading it would execute code',
+    'TooManyRedirects': 'too many redirects',
+    'DownloadCancelled': 'no data received for 30 seconds',
+    'Timeout': 'no data received for 30 seconds',
+    'ReadTimeout': 'the request timed out',
+    'ConnectTimeout': 'the request timed out',
 }
 _WRITING = {
-    401: 'the Hub does not know the token (401); log in with `hf auth login` or set HF_TOKEN',
-    403: 'the token may not write there (403); ask {0} for permission, or name your own --namespace',
-    404: 'not found (404); is there a namespace {0}, and may the token write to it?',
-    409: 'somebody else changed it in the meantime (409); look at it, and run this again',
-    412: 'somebody else changed it in the meantime (412); look at it, and run this again',
+    401: 'the token is invalid (401); log in with `hf auth login` or set HF_TOKEN',
+    403: 'the token has no write access (403); ask {0} for permission, or use your own --namespace',
+    404: 'not found (404); check that the namespace {0} exists and that the token has write access to it',
+    409: 'the repository was changed in the meantime (409); check it, and run this again',
+    412: 'the repository was changed in the meantime (412); check it, and run this again',
 }
 
 
 def why(error: BaseException, namespace: str = '') -> str:
-    """The reason of a failed download, or of an upload to a namespace of the Hub, in one line."""
+    """Return the reason of a failed download, or of a failed upload to `namespace`, in one line."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
@@ -46,7 +46,7 @@ def why(error: BaseException, namespace: str = '') -> str:
             return f'{e.filename}: {e.strerror}'
     if status:
         return f'the server answered {status}' + ('; try again later' if status >= 500 else '')
-    # gdown's advice is about its own command; what Drive's page says comes before it
+    # gdown adds advice about its own command; its cause is the message of Google Drive
     said = causes[1] if type(error).__name__ == 'FileURLRetrievalError' and len(causes) > 1 else error
     text = ' '.join(str(said).split()).rstrip('.') or type(said).__name__
     return text if len(text) <= 1000 else f'{text[:1000]} …'

@@ -1,4 +1,4 @@
-"""Where `pretrained=True` finds weights: the Hugging Face Hub, else the authors' own file."""
+"""Sources of pretrained weights: the Hugging Face Hub, else the authors' file on Google Drive."""
 import logging
 import os
 from contextlib import contextmanager
@@ -21,16 +21,16 @@ __all__ = ['cached_hub_file', 'find_weights', 'hub_repository', 'with_weights']
 _logger = logging.getLogger(__name__)
 
 WEIGHTS = 'model.safetensors'
-SOURCES = 'source', 'state_dict', 'file', 'url', 'hf_hub_id', 'hf_hub_filename'  # of timm's PretrainedCfg
-# Of a download, of the file, and of weights that do not fit; timm wraps those of a pickle.
+SOURCES = 'source', 'state_dict', 'file', 'url', 'hf_hub_id', 'hf_hub_filename'  # fields of timm's PretrainedCfg
+# Errors of downloads, damaged files and mismatched weights; timm wraps UnpicklingError.
 _HUB_ERRORS = OSError, HTTPError, EntryNotFoundError, HFValidationError
 _FILE_ERRORS = SafetensorError, UnpicklingError, CheckpointMismatchError
 
 
 def hub_repository(variant: str) -> str:
-    """Hub repository of a variant's weights: its config's, or in the namespace that TIMM_MOBILEFORMER_HUB names.
+    """Return the Hub repository of a variant: that of its config, or one in the namespace TIMM_MOBILEFORMER_HUB.
 
-    The variable may end in a revision, `my-org@v1`.
+    The variable may include a revision: `my-org@v1`.
     """
     if named := os.environ.get('TIMM_MOBILEFORMER_HUB'):
         namespace, at, revision = named.partition('@')
@@ -40,7 +40,7 @@ def hub_repository(variant: str) -> str:
 
 
 def cached_hub_file(repository: str, cache_dir: Any = None) -> Optional[str]:
-    """The weights of a Hub repository if they are in the cache."""
+    """Return the path of the cached weights of a Hub repository, None if they are not cached."""
     repo_id, revision = hf_split(repository)
     found = try_to_load_from_cache(repo_id, WEIGHTS, cache_dir=cache_dir, revision=revision)
     return found if isinstance(found, str) else None
@@ -49,25 +49,25 @@ def cached_hub_file(repository: str, cache_dir: Any = None) -> Optional[str]:
 def _from_hub(repository: str, cache_dir: Any) -> str:
     repo_id, revision = hf_split(repository)
     if not cached_hub_file(repository, cache_dir):
-        # raises at once, where hf_hub_download tries for most of a minute
+        # fails fast, whereas hf_hub_download retries for almost a minute
         get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     return hf_hub_download(repo_id, WEIGHTS, revision=revision, cache_dir=cache_dir, library_name='timm_mobileformer')
 
 
 def find_weights(variant: str, repository: Optional[str], cache_dir: Any = None) -> str:
-    """Return the file with the authors' weights, from the first source that can be reached.
+    """Return the path of the authors' weights from the first available source.
 
-    1. A repository of the Hugging Face Hub, or its files in the cache.
+    1. A repository on the Hugging Face Hub, or its cached files.
     2. The authors' file in the cache.
-    3. The authors' file on Google Drive, which is converted and cached.
+    3. The authors' file on Google Drive, which is converted to safetensors and cached.
 
     Args:
         variant: Name of the model without a tag.
         repository: Hub repository, NAMESPACE/NAME or NAMESPACE/NAME@REVISION; None skips the Hub.
-        cache_dir: Folder of the cache, that of huggingface_hub by default.
+        cache_dir: Cache folder (default: that of huggingface_hub).
 
     Raises:
-        RuntimeError: No source has the weights; the error names each reason and what can be done.
+        RuntimeError: No source is available; the message lists the reasons and alternatives.
     """
     from .authors_weights import drive_page, file_by_hand, get_authors_weights
 
@@ -75,35 +75,35 @@ def find_weights(variant: str, repository: Optional[str], cache_dir: Any = None)
     if repository:
         try:
             file = _from_hub(repository, cache_dir)
-            _logger.info(f'{variant}: weights of the Hugging Face repository {repository}; '
+            _logger.info(f'{variant}: loading weights from the Hugging Face repository {repository}; '
                          'the authors state no licence for them')
             return file
         except _HUB_ERRORS as e:
             tried[_name(repository)] = why(e)
     try:
         file = str(get_authors_weights(variant, cache_dir))
-    except Exception as e:  # gdown, requests and urllib3 fail in ways of their own
+    except Exception as e:  # gdown, requests and urllib3 raise many types of errors
         tried["the authors' file on Google Drive"] = why(e)
         by_hand = f'open {drive_page(variant)} in a browser and save the file as {file_by_hand(variant, cache_dir)}, '
         raise RuntimeError(_explain(variant, tried, by_hand)) from e
-    _logger.info(f"{variant}: weights of the authors' file {drive_page(variant)}, cached in {file}; "
+    _logger.info(f"{variant}: loading weights from the authors' file {drive_page(variant)}, cached in {file}; "
                  'the authors state no licence for them')
     return file
 
 
 @contextmanager
 def with_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """Arguments of `build_model_with_cfg` that name the weights to load.
+    """Yield the arguments of `build_model_with_cfg`, completed with the source of the weights.
 
-    A source that the caller or TIMM_MOBILEFORMER_HUB names is left to timm, and has no substitute.
+    A source given by the caller or TIMM_MOBILEFORMER_HUB is passed to timm, without a fallback.
 
     Args:
         variant: Name of the model without a tag.
-        pretrained: Weights are loaded.
+        pretrained: Whether to load weights.
         kwargs: Arguments of `build_model_with_cfg`.
 
     Raises:
-        RuntimeError: Weights of the Hub cannot be loaded; its cause is the first error.
+        RuntimeError: The weights cannot be loaded.
     """
     if not pretrained or variant not in AUTHORS_FILES:
         yield kwargs
@@ -117,7 +117,7 @@ def with_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iter
         overlay['hf_hub_id'], is_named = hub_repository(variant), True
     if not is_named:
         overlay['file'] = find_weights(variant, cfg.hf_hub_id, kwargs.get('cache_dir'))
-        kwargs = {key: value for key, value in kwargs.items() if key != 'cache_dir'}  # unknown to timm before 1.0.13
+        kwargs = {key: value for key, value in kwargs.items() if key != 'cache_dir'}  # not supported by timm < 1.0.13
     try:
         yield {**kwargs, 'pretrained_cfg_overlay': overlay}
     except Exception as e:
@@ -135,10 +135,10 @@ def _name(repository: Any) -> str:
 
 
 def _explain(variant: str, tried: Dict[str, str], by_hand: str = '') -> str:
-    """The text of an error that names the reason of each source, and what can be done."""
+    """Return an error message that lists the reason for each source, and alternatives."""
     return '\n'.join([
-        f'{variant}: no pretrained weights.',
+        f'{variant}: pretrained weights could not be loaded.',
         *(f'From {source}: {reason}.' for source, reason in tried.items()),
-        f"To go on, {by_hand}load a file by pretrained_cfg_overlay=dict(file='FILE') or --checkpoint FILE, or name "
-        "your own copy by pretrained_cfg_overlay=dict(hf_hub_id='NAMESPACE/NAME'), hf-hub:NAMESPACE/NAME, or "
-        'TIMM_MOBILEFORMER_HUB=NAMESPACE in the environment.'])
+        f"Alternatives: {by_hand}load a file with pretrained_cfg_overlay=dict(file='FILE') or --checkpoint FILE, or "
+        "use your own repository with pretrained_cfg_overlay=dict(hf_hub_id='NAMESPACE/NAME'), hf-hub:NAMESPACE/NAME, "
+        'or the environment variable TIMM_MOBILEFORMER_HUB=NAMESPACE.'])

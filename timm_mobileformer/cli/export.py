@@ -18,10 +18,10 @@ from .options import (
     workers_option,
 )
 
-HELP = 'write files for devices'
+HELP = 'export a model to ONNX, OpenVINO, ExecuTorch, AOTInductor or a web page'
 WORK = 'exporting'
-RAW = 'onnx', 'onnx-int8', 'web'  # that take images of any size
-FORMATS: Dict[str, Tuple[str, ...]] = {  # the extra of this package and the modules that each needs
+RAW = 'onnx', 'onnx-int8', 'web'  # formats with preprocessing
+FORMATS: Dict[str, Tuple[str, ...]] = {  # format: extra of this package, required modules...
     'onnx': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
     'onnx-int8': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
     'web': ('export', 'onnx', 'onnxscript', 'onnxruntime'),
@@ -33,56 +33,56 @@ FORMATS: Dict[str, Tuple[str, ...]] = {  # the extra of this package and the mod
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Export a model for devices: as trained, a folder of finetune, a checkpoint, published weights. Every file is\n'
-        'checked against PyTorch, on the pictures held out in training where these are known, else on those of\n'
-        '--data-dir or --images, else on noise. Beside it, and inside of ONNX, stands how to use it.')
+        'Export a model and verify the files against PyTorch: on the validation set of its training, if it\n'
+        'still exists, else on the images of --data-dir or --images, else on noise. Preprocessing and class names are\n'
+        'written to a JSON file next to each file, and to the metadata of ONNX files.')
     parser.add_argument('formats', nargs='+', choices=[*FORMATS, 'all'], metavar='FORMAT',
-                        help=f'{", ".join(FORMATS)}, or all that can be written on this machine; web is a page for '
-                             'browsers, in a folder of its own')
+                        help=f'{", ".join(FORMATS)}, or all, for every format whose packages are installed; web is a '
+                             'web page and is exported to its own folder')
     model_options(parser, 'output/finetune', note=' (default: output/finetune)')
     class_map_option(parser)
     parser.add_argument('--raw', action='store_true',
-                        help='write ONNX files that preprocess: they take one decoded image, (height, width, 3) in '
-                             'uint8, RGB, of any size, and return probabilities')
-    data_options(parser, "that of a finetuned model's training, if it is still there")
+                        help='include the preprocessing in ONNX files: their input is one decoded RGB image of any '
+                             'size, uint8 (height, width, 3), their output probabilities')
+    data_options(parser, "the training data of a finetuned model, if it still exists")
     parser.add_argument('--images', metavar='PATH', type=Path, nargs='+',
-                        help='pictures without labels, or folders of them, instead')
+                        help='unlabelled images, or folders of images, to use instead')
     parser.add_argument('--runtime', type=existing_folder, metavar='DIR',
-                        help='npm package onnxruntime-web, to be copied into the page of web (default: the page loads '
-                             'it from a CDN)')
+                        help='npm package onnxruntime-web, to copy into the web page (default: the page loads it from '
+                             'a CDN)')
     parser.add_argument('--output', type=Path, metavar='DIR',
-                        help='folder for the files (default: output/export, or output/web for web)')
+                        help='output folder (default: output/export, or output/web for web)')
     parser.add_argument('--opset', type=at_least(18), metavar='N',
-                        help='opset of ONNX files, from 18 to the newest of the installed exporter (default: that of '
-                             'PyTorch)')
+                        help='ONNX opset version, 18 or later (default: that of the PyTorch exporter)')
     parser.add_argument('--max-drop', type=float, default=1., metavar='P',
-                        help='points of top-1 that int8 may lose, besides a standard error (default: 1)')
+                        help='allowed loss of top-1 accuracy in int8, in percentage points, in addition to one '
+                             'standard error (default: 1)')
     threads_option(parser)
     workers_option(parser)
 
 
 def resolve_options(args: argparse.Namespace) -> None:
-    """Make `formats` those that can be written here; `left_out` says what the others lack."""
+    """Keep the formats whose packages are installed, and list the reasons for the others in `left_out`."""
     check_exist(args.images)
     check_label_pattern(args)
     if args.images and (args.data_dir or args.labels):
-        raise InputError('--images are pictures without labels, --data-dir and --labels have some; name one of both')
+        raise InputError('--images are unlabelled; use either --images or --data-dir and --labels')
     if args.opset and not {'onnx', 'onnx-int8', 'all'}.intersection(args.formats):
-        raise InputError('--opset is for onnx and onnx-int8, which are not among the formats')
+        raise InputError('--opset applies to onnx and onnx-int8 only')
     every = 'all' in args.formats
     names = [name for name in FORMATS if name != 'web'] if every else list(dict.fromkeys(args.formats))
     is_web = names == ['web']
     if 'web' in args.formats and not is_web:
-        raise InputError('web is a folder of its own; export it by itself')
+        raise InputError('web is exported to its own folder; export it separately')
     if args.runtime and not is_web:
-        raise InputError('--runtime is for web only')
+        raise InputError('--runtime applies to web only')
     args.output = args.output or Path('output/web' if is_web else 'output/export')
     args.raw = args.raw or is_web
     lacks = {name: f'{name} {lack}' for name in names if (lack := missing(*FORMATS[name]))}
     if 'aoti' in names and not shutil.which(os.environ.get('CXX', 'g++')):
-        lacks['aoti'] = 'aoti needs a C++ compiler: install g++, or name one in the environment variable CXX'
+        lacks['aoti'] = 'aoti needs a C++ compiler: install g++, or set the environment variable CXX'
     if args.raw:
-        lacks.update({name: f'{name} cannot be exported with --raw, only onnx and onnx-int8 can'
+        lacks.update({name: f'{name} does not support --raw, only onnx and onnx-int8 do'
                       for name in names if name not in RAW})
     args.formats, args.left_out = [name for name in names if name not in lacks], list(lacks.values())
     if lacks and (not every or not args.formats):

@@ -1,4 +1,4 @@
-"""Export a model to files for devices, each checked against PyTorch and with its preprocessing beside it."""
+"""Export a model, verify the files against PyTorch, and write their metadata."""
 import argparse
 import hashlib
 import json
@@ -34,38 +34,38 @@ from .web_page import find_runtime, write_page
 __all__ = ['run']
 
 NUM_CALIBRATION = 256  # images
-RAW_TOLERANCE = 0.01  # of a probability; so the first class is the same where it leads by more than 0.02
+RAW_TOLERANCE = 0.01  # of a probability
 Loader = Any  # of batches (B, C, H, W) and targets (B)
 
 
 class Inputs(NamedTuple):
-    """What files are checked on."""
+    """Data on which exported files are verified."""
     loader: Loader
-    calibration: Optional[Loader]  # of pictures; None if there are none
+    calibration: Optional[Loader]  # images for calibration; None for noise
     targets: Optional[torch.Tensor]  # (N); None if there are no labels
-    what: str  # these are, in words
-    pictures: Sequence[Tuple[torch.Tensor, int]]  # as decoded, (H, W, 3)
+    what: str  # description
+    pictures: Sequence[Tuple[torch.Tensor, int]]  # decoded images (H, W, 3)
 
 
 def thin_out(samples: Sequence[Tuple[str, int]], limit: int = NUM_CALIBRATION) -> List[Tuple[str, int]]:
-    """At most `limit` of the pictures, from all over."""
+    """Return at most `limit` evenly spaced samples."""
     return list(samples[::math.ceil(len(samples) / limit)])
 
 
 def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_config: Dict[str, Any],
                 root: Optional[Path], trained: Optional[TrainingData]) -> Inputs:
-    """The validation set, if there is a folder of labelled images; else the images that `--images` names; else noise.
+    """Open the validation set of a folder of labelled images, else the images of `--images`, else generate noise.
 
     Args:
-        args: The options.
-        model: A model of timm.
-        names: Names of its classes, by index.
-        data_config: Preprocessing of the model.
-        root: Folder of labelled images, if there is one.
-        trained: Data of the model's training, if it is known.
+        args: Command-line options.
+        model: timm model.
+        names: Class names by index.
+        data_config: Preprocessing, from `resolve_model_data_config`.
+        root: Folder of labelled images.
+        trained: Training data of the model, if known.
 
     Raises:
-        InputError: Images cannot be read, or none has a class of the model.
+        InputError: Images cannot be read, or no image has a class of the model.
     """
 
     def decoded(samples: Sequence[Tuple[str, int]]) -> Any:
@@ -81,7 +81,8 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
     if root:
         data = trained and trained.open(root)
         if trained and not data:
-            print('these are not the images of its training, or otherwise split: it may have been trained on some')
+            print('the images or their split differ from those of training: validation images may have been used for '
+                  'training')
         data = data or open_data(root, **data_arguments(args))
         index, mismatches = match_classes(data.classes, names, args.checkpoint or args.model)
         for remark in [*data.remarks, *mismatches]:
@@ -100,7 +101,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         found = ImageScan()
         paths = found.expand(args.images)
         if not paths:
-            raise InputError(f'no pictures in {abbreviate(args.images)}{found.ignored_types(", only")}')
+            raise InputError(f'no images in {abbreviate(args.images)}{found.ignored_types(", only")}')
         check_images(paths, args.workers)
         samples = [(path, 0) for path in paths]
         return Inputs(load(samples), load(thin_out(samples)), None, f'{len(paths):,} images', decoded(samples))
@@ -114,17 +115,17 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
 
 @torch.inference_mode()
 def run_all(run: Run, loader: Loader, desc: str) -> torch.Tensor:
-    """What a model answers to all images (N, classes), in their order."""
+    """Return the outputs of a model for all images (N, classes)."""
     return torch.cat([run(images) for images, _ in progress(loader, desc)])
 
 
 @torch.inference_mode()
 def latencies(runs: Dict[str, Run], inputs: Dict[str, Any], rounds: int = 50) -> Dict[str, float]:
-    """Median milliseconds for one image, taken in turns so that a busy machine hits all alike."""
+    """Measure the median latency for one image in milliseconds, interleaved so that system load affects all alike."""
     times: Dict[str, List[float]] = {name: [] for name in runs}
     for _ in progress(range(rounds), 'latency'):
         for name, run in runs.items():
-            run(inputs[name])  # warm caches, which the runtime before has filled
+            run(inputs[name])  # warm up the caches
             start = time.perf_counter()
             run(inputs[name])
             times[name].append(time.perf_counter() - start)
@@ -132,21 +133,20 @@ def latencies(runs: Dict[str, Run], inputs: Dict[str, Any], rounds: int = 50) ->
 
 
 def count_changes(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> Tuple[int, int]:
-    """How many images are right in PyTorch alone, and how many in the exported file alone."""
+    """Count the images that only PyTorch, and that only the exported file, classifies correctly."""
     right, was_right = (logits.argmax(1) == targets for logits in (answers, wanted))
     return int((was_right & ~right).sum()), int((right & ~was_right).sum())
 
 
 def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, max_drop: float,
                   raw: bool = False) -> None:
-    """Refuse answers that differ from those of PyTorch, or, in int8, lose accuracy.
+    """Raise an error if outputs differ from those of PyTorch or, for int8, if accuracy drops.
 
-    Quantization changes some predictions by chance, for better or worse. The difference of the two numbers, lost and
-    won, has a standard error of the root of their sum (McNemar 1947), which int8 may lose besides `max_drop`. So of 20
-    images one may be lost, of 100 two, of 10,000 with 200 changes 114.
+    Quantization changes some predictions at random. The difference between the numbers of lost and won predictions has
+    a standard error of sqrt(lost + won) (McNemar 1947), which is tolerated in addition to `max_drop`.
 
     Raises:
-        InputError: They are refused.
+        InputError: The outputs differ or the accuracy drops too much.
     """
     difference = (answers - wanted).abs().max().item()
     tolerance = RAW_TOLERANCE if raw else 1e-4 * max(1., wanted.abs().max().item())
@@ -162,14 +162,14 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
 
 
 def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
-    """Cells of the table: top-1, predictions that are PyTorch's, largest difference; '–' for what nobody can tell."""
+    """Return the table cells top-1, agreement with PyTorch and largest difference; '–' if not available."""
     same = 100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item()
     return [f'{accuracy(answers, targets)[0].item():.2f}' if inputs.targets is not None else '–',
             f'{same:.2f}' if inputs.calibration else '–', f'{(answers - wanted).abs().max().item():.1g}']
 
 
 def fingerprint_weights(model: nn.Module) -> str:
-    """Hash of a model's parameters and buffers."""
+    """Return the SHA-256 of the parameters and buffers of a model."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().numpy())
@@ -177,7 +177,7 @@ def fingerprint_weights(model: nn.Module) -> str:
 
 
 def remove_others(folder: Path, about: ExportMetadata) -> List[str]:
-    """Remove files of the same architecture with other weights, preprocessing or input; returns their names."""
+    """Remove files of the same architecture with other weights, preprocessing or input, and return their names."""
     removed = []
     for path in sorted(folder.glob(f'{about["architecture"]}.*.json')):
         file = path.with_suffix('')
@@ -186,7 +186,7 @@ def remove_others(folder: Path, about: ExportMetadata) -> List[str]:
             is_other = found['input_name'] and any(
                 found.get(key) != json.loads(json.dumps(value)) for key, value in about.items() if key != 'input_shape')
         except (ValueError, LookupError, TypeError):
-            continue  # none of this command
+            continue  # not written by this command
         if is_other:
             for old in path, file, file.with_suffix('.bin'):  # OpenVINO's weights
                 if old.exists() and (old.suffix != '.bin' or file.suffix == '.xml'):
@@ -209,7 +209,7 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
 
     plain: Any = reparameterize_model(model).requires_grad_(False)
     images = torch.cat([images for images, _ in inputs.calibration or inputs.loader])
-    images = torch.cat([images, images]) if len(images) == 1 else images  # exporters take two for an open batch
+    images = torch.cat([images, images]) if len(images) == 1 else images  # exporters need two for a dynamic batch size
 
     to_answer = nn.Softmax(dim=1) if args.raw else nn.Identity()
     modules = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
@@ -228,14 +228,14 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
         form, options = FORMATS[name], {'opset': args.opset} if args.opset and name.startswith('onnx') else {}
         try:
             if name.endswith('int8') and not inputs.calibration:
-                raise InputError('must see pictures to find its scales: --images or --data-dir names some')
+                raise InputError('calibration needs images; use --images or --data-dir')
             with atomic_dir(args.output) as folder:
                 path = folder / (('model' if name == 'web' else architecture) + form.suffix)
                 with quiet_unless_it_fails():
                     form.export(plain, images, path, **options)
                     if args.raw:
                         add_preprocessing(path, data_config, with_crop=name == 'web')
-                    size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two
+                    size = sum(file.stat().st_size for file in folder.iterdir())  # OpenVINO writes two files
                     if name == 'web':
                         write_page(folder, runtime)
                     shape = about['input_shape']
@@ -249,7 +249,7 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
                 if name.endswith('int8'):
                     changes.append('{} lost, {} won in {}'.format(*count_changes(answers, wanted, targets), form.title))
             removed += remove_others(args.output, about)
-        except Exception as e:  # exporters fail in ways of their own
+        except Exception as e:  # exporters raise many types of errors
             failed.append(f'{name}: {reason(e, 300)}')
 
     image, (picture, _) = images[:1], inputs.pictures[0]
@@ -257,29 +257,29 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     times = latencies(runs, {title: [picture] if title in raw_titles else image for title in runs})
     print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
     if len(rows) > 2:
-        print(f'files in {args.output}, each with a .json that says how to use it')
+        print(f'files in {args.output}, each with its metadata in a .json file')
     preprocessing = f', from {picture.shape[1]} × {picture.shape[0]} pixels in the raw files' if args.raw else ''
     print(f'latency of one image{preprocessing}, {args.threads} thread{"s"[:args.threads > 1]}\n')
-    print('| | file | MB | top-1, % | predicted as by PyTorch, % |', 'largest difference of a',
+    print('| | file | MB | top-1, % | agreement with PyTorch, % |', 'largest difference of a',
           'probability' if args.raw else 'logit', '| latency, ms | speed, eager = 1 |')
     print('|---' * 8 + '|')
     eager = times['PyTorch, as trained']
     for title, row in rows.items():
         print('|', ' | '.join([title, *row, f'{times[title]:.2f}', f'{eager / times[title]:.2f}']), '|')
     if changes:
-        print(f'\nint8 may lose --max-drop {args.max_drop:g} points and a standard error, the root of the changed '
-              f'predictions; of {len(targets):,} images: {"; ".join(changes)}')
+        print(f'\nint8: changed predictions on {len(targets):,} images: {"; ".join(changes)} (allowed loss: --max-drop '
+              f'{args.max_drop:g} points and one standard error)')
     if removed:
-        print(f'\nremoved from {args.output}, since another export wrote them: {", ".join(removed)}')
+        print(f'\nremoved outdated files from {args.output}: {", ".join(removed)}')
     if 'web' in args.formats and not failed:
-        print(f'\npython -m http.server --directory {quote(args.output)} serves the page on http://localhost:8000')
+        print(f'\nto serve the page on http://localhost:8000: python -m http.server --directory {quote(args.output)}')
     for problem in args.left_out + failed:
-        print(f'\nleft out: {problem}')
+        print(f'\nskipped: {problem}')
     return 1 if failed else 0
 
 
 def choose_data(args: argparse.Namespace, trained: Optional[TrainingData]) -> ContextManager[Optional[Path]]:
-    """The folder of labelled images: the one that is named, else that of the training; the options follow it."""
+    """Choose the folder of labelled images: the given one, else that of training, and set the options accordingly."""
     folder = args.data_dir or args.labels and args.labels.parent
     if trained:
         args.val_split = args.val_split or trained.arguments.get('val_split')
@@ -288,10 +288,10 @@ def choose_data(args: argparse.Namespace, trained: Optional[TrainingData]) -> Co
     if args.images or not trained:
         return nullcontext()
     if gone := [path for path in trained.paths if not path.exists()]:
-        print(f'{args.model} was trained on {abbreviate(gone)}, which is not there; --data-dir names another folder')
+        print(f'{args.model} was trained on {abbreviate(gone)}, which no longer exists; --data-dir sets another one')
         return nullcontext()
     trained.choose(args)
-    print(f'checked on the validation set of its training, from {abbreviate(trained.paths) or "the digits"}')
+    print(f'verified on the validation set of training, from {abbreviate(trained.paths) or "the digits"}')
     return folder_or_digits(trained.root)
 
 

@@ -17,11 +17,11 @@ __all__ = ['save_figure', 'sha256', 'atomic_dir']
 def atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved to `folder` once all of them are written.
 
-    Nothing is moved if an exception is raised. The files get the permissions that the umask says. Several processes
-    may write to one folder at once; of two files of one name, the one that is moved last remains.
+    Nothing is moved if an exception is raised. File permissions follow the umask. Several processes
+    may write to one folder at once; of two files with the same name, the one moved last remains.
 
     Args:
-        folder: Where the files belong; made if it does not exist.
+        folder: Destination, created if it does not exist.
 
     Raises:
         InputError: `folder` cannot be written to.
@@ -32,18 +32,18 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp('.unfinished', '.', folder))
         except OSError as e:
-            raise InputError(f'{folder} cannot be written to ({e.strerror}); name another') from e
+            raise InputError(f'{folder} cannot be written to ({e.strerror}); use another folder') from e
         yield temporary
         written = sorted(temporary.iterdir())
         (usual := temporary / '.usual').touch()
         for path in written:
-            shutil.copymode(usual, path)  # safetensors' files are their owner's alone
+            shutil.copymode(usual, path)  # safetensors creates files with mode 0600
             os.replace(path, folder / path.name)
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
-            with suppress(OSError):  # not empty
+            with suppress(OSError):  # folder is not empty
                 folder.rmdir()
 
 
@@ -58,7 +58,7 @@ def sha256(path: Path) -> str:
 
 
 def save_figure(figure: Any, path: Path, **kwargs: Any) -> None:
-    """Save a figure of matplotlib, with boxes for the letters that its font lacks."""
+    """Save a matplotlib figure without warnings about missing glyphs."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')
         figure.savefig(path, **kwargs)

@@ -1,4 +1,4 @@
-"""The files that a model can be exported to, by the exporters of the libraries that run them."""
+"""Export formats: exporters and loaders."""
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
@@ -17,10 +17,9 @@ Run = Callable[[Any], torch.Tensor]
 
 
 class WithAttention(nn.Module):
-    """A Mobile-Former that also returns where its first token looks last.
+    """A Mobile-Former that also returns the attention of its first token in the last bridge.
 
-    Images (B, 3, H, W) become logits (B, classes) and the attention on the last bridge (B, H / 32, W / 32), the mean
-    over its heads.
+    Maps images (B, 3, H, W) to logits (B, classes) and the attention map (B, H / 32, W / 32), averaged over the heads.
     """
 
     def __init__(self, model: MobileFormer):
@@ -33,15 +32,15 @@ class WithAttention(nn.Module):
         return logits, maps[-1].mobile_to_former.mean(dim=(1, 2))
 
 
-# Each exporter takes the reparameterized model, at least two inputs and the file to write; each loader takes the file
-# and the number of threads, and returns what maps inputs to outputs.
+# Exporters take the reparameterized model, at least two preprocessed images and the output file. Loaders take the file
+# and the number of threads, and return a function from inputs to outputs.
 
 def to_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
 
 
 def to_onnx(model: nn.Module, images: torch.Tensor, path: Path, opset: Optional[int] = None) -> None:
-    """In PyTorch's default opset, or another one that its exporter can write."""
+    """Export to ONNX with the given opset version, by default that of PyTorch."""
     import onnx
 
     if versions.is_older(torch.__version__, '2.8'):
@@ -53,16 +52,16 @@ def to_onnx(model: nn.Module, images: torch.Tensor, path: Path, opset: Optional[
     if opset not in (None, written := next(o.version for o in file.opset_import if not o.domain)):
         raise InputError(f'the exporter of torch {torch.__version__} cannot write opset {opset}; it wrote {written}')
     for node in file.graph.node:
-        del node.metadata_props[:]  # stack traces, as large as a small model and full of this machine's paths
+        del node.metadata_props[:]  # stack traces: large, with local paths
     onnx.save(file, path)
 
 
 def to_onnx_int8(model: nn.Module, images: torch.Tensor, path: Path, opset: Optional[int] = None) -> None:
-    """1x1 convolutions and linear layers, nearly all of the weights, in int8 by channel; the images calibrate the rest.
+    """Export to ONNX with linear layers and 1x1 convolutions in int8 per channel; the images calibrate the activations.
 
-    Stay in float: products of two activations, softmax, LayerNorm, GELU, the arithmetic of dynamic ReLU; the stem and
-    the depthwise convolutions, which hold no weights worth counting and in int8 cost accuracy. Where a depthwise
-    convolution widens, int8 is also many times slower: ONNX Runtime has no fast kernel for it.
+    Products of two activations, softmax, LayerNorm, GELU and dynamic ReLU remain in float, as do the stem and the
+    depthwise convolutions, which have few weights and lose accuracy in int8. ONNX Runtime also has no fast int8 kernel
+    for depthwise convolutions with a channel multiplier above 1.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -95,7 +94,7 @@ def to_onnx_int8(model: nn.Module, images: torch.Tensor, path: Path, opset: Opti
 
 
 def shrink(path: Path) -> None:
-    """Shorten names, share equal tensors, drop zero points of 0 and shapes: a tenth of a small model in int8."""
+    """Shorten names, deduplicate tensors, and remove zero points of 0 and shapes; saves 10 % of a small int8 model."""
     import onnx
     from onnx import TensorProto, numpy_helper
 
@@ -125,7 +124,7 @@ def shrink(path: Path) -> None:
 
 
 def open_onnx(path: Path, threads: int = 0) -> Any:
-    """A session of ONNX Runtime, with as many threads as there are cores by default."""
+    """Open an ONNX Runtime session; 0 threads means one per core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -139,7 +138,7 @@ def load_onnx(path: Path, threads: int) -> Run:
 
 
 def load_raw(path: Path, threads: int) -> Run:
-    """Load an ONNX file that takes one image as it is; the result takes a list of them, (H, W, 3) in uint8."""
+    """Load an ONNX file with preprocessing; the returned function takes a list of images (H, W, 3) in uint8."""
     session = open_onnx(path, threads)
     return lambda images: torch.stack(
         [torch.from_numpy(session.run(['probabilities'], {'image': image.numpy()})[0]) for image in images])
@@ -161,7 +160,7 @@ def load_openvino(path: Path, threads: int) -> Run:
     core = openvino.Core()
     model = core.read_model(path)
     shape = model.input().partial_shape
-    shape[0] = 1  # a batch left open costs more than half of the speed, in shapes computed anew for every image
+    shape[0] = 1  # a dynamic batch size more than halves the speed
     model.reshape(shape)
     compiled = core.compile_model(
         model, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
@@ -188,7 +187,7 @@ def to_executorch(model: nn.Module, images: torch.Tensor, path: Path) -> None:
 
 
 def to_executorch_int8(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    """By PyTorch's PT2E: what XNNPACK's quantizer can take, in int8 by channel; the images calibrate it."""
+    """Quantize with PT2E and the XNNPACK quantizer, int8 per channel, calibrated on the images."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -206,7 +205,7 @@ def load_executorch(path: Path, threads: int) -> Run:
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
-    _unsafe_reset_threadpool(threads)  # safe before anything is loaded
+    _unsafe_reset_threadpool(threads)  # safe before a program is loaded
     method = Runtime.get().load_program(path).load_method('forward')
     return lambda images: torch.cat([method.execute([image])[0].clone() for image in images.split(1)])
 
@@ -217,7 +216,7 @@ def to_aoti(model: nn.Module, images: torch.Tensor, path: Path) -> None:
 
 
 def load_aoti(path: Path, threads: int) -> Run:
-    return torch._inductor.aoti_load_package(str(path))  # its threads are those of when it was compiled
+    return torch._inductor.aoti_load_package(str(path))  # the number of threads is fixed at compile time
 
 
 class Format(NamedTuple):
@@ -225,7 +224,7 @@ class Format(NamedTuple):
     suffix: str
     export: Callable[..., None]
     load: Callable[[Path, int], Run]
-    batch: Any = 'batch'  # how many images it takes at a time
+    batch: Any = 'batch'  # batch size
 
 
 FORMATS = {

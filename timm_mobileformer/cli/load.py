@@ -1,4 +1,4 @@
-"""Loading models, weights and class names as the options of the subcommands name them."""
+"""Load models, weights and class names from command-line options."""
 import argparse
 import difflib
 import pickle
@@ -28,8 +28,8 @@ __all__ = [
     'read_checkpoint', 'read_names', 'reading_options', 'set_data_config', 'set_white_level']
 
 HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
-MODES = {1: 'L', 3: 'RGB'}  # of Pillow, by the number of channels
-WHITE_LEVEL = 'white_level='  # begins a note in a `pretrained_cfg`, whose fields timm restricts
+MODES = {1: 'L', 3: 'RGB'}  # Pillow modes by number of channels
+WHITE_LEVEL = 'white_level='  # prefix of a note in `pretrained_cfg`, since timm restricts its fields
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
@@ -87,7 +87,7 @@ def find_model(name: str) -> str:
     Raises:
         InputError: There is no such model.
     """
-    if name.startswith(HAVE_WEIGHTS) or timm.is_model(name):  # the latter before a folder of the name, or ./NAME
+    if name.startswith(HAVE_WEIGHTS) or timm.is_model(name):  # model names take precedence over folders; use ./NAME
         return name
     folder = Path(name)
     if (folder / 'config.json').is_file():
@@ -119,7 +119,7 @@ def model_args(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
 
 def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
     """Return the number of classes of a state dict, 0 if it has no classifier."""
-    if is_model_in_modules(name, ['mobileformer']):  # the authors use another name
+    if is_model_in_modules(name, ['mobileformer']):  # the authors' parameter names differ
         tensors = checkpoint_filter_fn(tensors, timm.create_model(name, num_classes=0, device='meta'))
     cfg: Any = timm.models.get_pretrained_cfg(name)
     classifier = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or [''])[0]
@@ -136,14 +136,14 @@ def set_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def set_white_level(model: Any, white_level: Optional[int]) -> None:
-    """Note in a model's `pretrained_cfg` which value of 16-bit grayscale images is white; None if there were none."""
+    """Store the white level of 16-bit grayscale training images in `pretrained_cfg`; None if there were none."""
     cfg = model.pretrained_cfg
     notes = [note for note in cfg.get('notes') or () if not note.startswith(WHITE_LEVEL)]
     cfg['notes'] = [*notes, f'{WHITE_LEVEL}{white_level}'] if white_level else notes or None
 
 
 def reading_options(model: Any) -> Dict[str, Any]:
-    """The arguments of `images.read_image` for a model: the channels that it takes, and the note of its training."""
+    """Return the arguments of `images.read_image` for a model."""
     cfg = model.pretrained_cfg
     notes = [note for note in cfg.get('notes') or () if note.startswith(WHITE_LEVEL)]
     white_level = int(notes[0].removeprefix(WHITE_LEVEL)) if notes else None
@@ -162,10 +162,10 @@ def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]
 def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weights: bool = True, **kwargs: Any) -> Any:
     """Create the model of `--model`, `--checkpoint`, `--pretrained`, `--use-ema` and `--img-size`.
 
-    Its `pretrained_cfg` describes the preprocessing of its images: that of its training if known, else timm's.
+    Its `pretrained_cfg` holds the preprocessing of its training if known, else the default of timm.
 
     Args:
-        args: The options.
+        args: Command-line options.
         num_classes: Number of classes; a model without weights is then initialised at random. By default, the number
             of classes of the weights, which are required then.
         weights: Load the weights.

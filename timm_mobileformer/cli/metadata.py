@@ -1,7 +1,7 @@
-"""What an exported file says of itself: how a picture becomes its input, and what comes out.
+"""Metadata of exported files: preprocessing, inputs, outputs and class names.
 
-The same stands in a JSON file beside it and, by key, in the metadata of an ONNX file. The words are timm's own where it
-has them: `architecture`, `input_size`, `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`, `label_names`.
+They are stored in a JSON file next to each exported file and in the metadata of ONNX files. The keys are those of timm
+where they exist: `architecture`, `input_size`, `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`, `label_names`.
 """
 import json
 from pathlib import Path
@@ -19,18 +19,18 @@ __all__ = ['ExportMetadata', 'describe', 'is_raw', 'make_transform', 'read_metad
 
 ExportMetadata = Dict[str, Any]
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
-KEYS = 'input_name', 'input_dtype', 'output_name', 'label_names'  # that using a file needs
-OPTIONAL = {'input_color': 'RGB', 'input_white_level': None}  # files written before these keys have these values
+KEYS = 'input_name', 'input_dtype', 'output_name', 'label_names'  # required
+OPTIONAL = {'input_color': 'RGB', 'input_white_level': None}  # defaults for files without these keys
 
 
 def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], raw: bool = False) -> ExportMetadata:
-    """What is to be known of a model to use it.
+    """Return the metadata of a model.
 
     Args:
-        model: Of timm.
-        data_config: How its images are preprocessed, as timm resolves it.
-        label_names: Of its classes, by index.
-        raw: The file takes one image of any size as it is, and returns probabilities.
+        model: timm model.
+        data_config: Preprocessing, from `resolve_model_data_config`.
+        label_names: Class names by index.
+        raw: Whether the file includes the preprocessing and returns probabilities.
     """
     channels, height, width = data_config['input_size']
     reading, preprocessing = reading_options(model), {key: data_config[key] for key in PREPROCESSING}
@@ -43,8 +43,8 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
         'input_orientation': 'upright, as EXIF says',
         'input_profile': 'ICC profile converted to sRGB',
         'input_transparency': 'over white',
-        'input_white_level': reading['white_level'],  # of 16-bit grayscale; null: see `images.to_8_bits`
-        'input_dtype': 'uint8' if raw else 'float32',  # of 0 ... 255, or of 0 ... 1 less mean and over std
+        'input_white_level': reading['white_level'],  # for 16-bit grayscale; for null see `images.to_8_bits`
+        'input_dtype': 'uint8' if raw else 'float32',  # from 0 to 255, or normalized
         **({'included_preprocessing': preprocessing} if raw else preprocessing),
         'output_name': 'probabilities' if raw else 'logits',
         'label_names': label_names,
@@ -52,7 +52,7 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
 
 
 def write_metadata(about: ExportMetadata, path: Path) -> None:
-    """Put it beside the exported file, `NAME.json` beside `NAME`, and into it, if that is an ONNX file."""
+    """Write metadata to `NAME.json` next to the exported file `NAME` and, for ONNX, to the file itself."""
     lines = (f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in about.items())
     path.with_name(f'{path.name}.json').write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='ascii')
     if path.suffix == '.onnx':
@@ -64,10 +64,10 @@ def write_metadata(about: ExportMetadata, path: Path) -> None:
 
 
 def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
-    """What the metadata of an ONNX file say of it.
+    """Parse the metadata of an ONNX file.
 
     Raises:
-        InputError: Nothing, or not enough.
+        InputError: Keys are missing.
     """
     try:
         about = {**OPTIONAL, **{key: json.loads(value) for key, value in metadata.items()}}
@@ -75,12 +75,12 @@ def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
             return about
     except ValueError:
         lacking = ['values in JSON']
-    raise InputError(f'{path} does not say how pictures become its input, as files of timm-mobileformer export do; '
-                     f'in its metadata there are no {abbreviate(lacking)}')
+    raise InputError(f'{path} has no metadata of timm-mobileformer export that describes its preprocessing; '
+                     f'missing: {abbreviate(lacking)}')
 
 
 def is_raw(about: ExportMetadata) -> bool:
-    """Whether a file takes one image as it is, of any size, and returns probabilities."""
+    """Return whether a file includes the preprocessing and returns probabilities."""
     return about.get('input_dtype') == 'uint8'
 
 

@@ -9,21 +9,21 @@ __all__ = ['model_card']
 
 
 def model_card(model: Any, repo_id: str, origin: str) -> str:
-    """Text of the README.md of a repository on the Hub.
+    """Return the README.md of a Hub repository.
 
     Args:
         model: The model.
         repo_id: NAMESPACE/NAME of the repository.
-        origin: Where the weights come from, in Markdown.
+        origin: Origin of the weights, in Markdown.
     """
     cfg = model.pretrained_cfg
     variant, paper = cfg['architecture'], 'https://arxiv.org/abs/2108.05895'
     is_authors = cfg['tag'] == AUTHORS_TAG
-    what = f'{variant} is a Mobile-Former: a MobileNet and a transformer of a few global tokens side by side, joined ' \
-        'by a two-way bridge in every block. '
+    what = f'{variant} is a Mobile-Former: a MobileNet and a transformer with a few global tokens in parallel, ' \
+        'connected by a two-way bridge in every block. '
     if is_authors:
-        what += 'These are the weights that the authors of the paper trained on ImageNet-1k and published, renamed ' \
-            'for timm. The authors state no licence for them.'
+        what += 'These are the weights that the authors of the paper trained on ImageNet-1k and published, with ' \
+            'parameters renamed for timm. The authors state no licence for them.'
     else:
         what += f'These weights (tag `{cfg["tag"]}`) are not those of the authors of the paper.'
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -80,7 +80,7 @@ model = timm.create_model('hf-hub:{repo_id}', pretrained=True, features_only=Tru
 data_config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**data_config, is_training=False)
 
-for x in model(transform(image).unsqueeze(0)):  # one map each at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image's size
+for x in model(transform(image).unsqueeze(0)):  # strides 2, 4, 8, 16 and 32
     print(x.shape)
 ```
 
@@ -101,7 +101,7 @@ features = model.forward_features(transform(image).unsqueeze(0))  # (1, num_feat
 ```
 '''
 COMPARISON = '''
-As the paper reports them; FLOPs count multiply-adds, top-1 is that of ImageNet-1k in percent.
+Figures from the paper. FLOPs are multiply-adds; top-1 accuracy on ImageNet-1k in percent.
 
 |model|params (M)|FLOPs (M)|top-1|
 |---|---|---|---|

@@ -18,17 +18,17 @@ __all__ = ['fetch', 'run']
 
 
 def fetch(variant: str, file: Optional[Path] = None) -> Path:
-    """Return the authors' weights of a variant in the cache, see `get_authors_weights`.
+    """Return the path of the cached authors' weights of a variant, see `get_authors_weights`.
 
     Raises:
-        InputError: They cannot be downloaded, or the file is not what is expected.
+        InputError: The download failed, or the file is not a valid checkpoint.
     """
     try:
         weights = get_authors_weights(variant, file=file)
-    except Exception as e:  # gdown, requests and urllib3 fail in ways of their own
+    except Exception as e:  # gdown, requests and urllib3 raise many types of errors
         raise InputError(
             f'{file or variant}: {why(e)}; open {drive_page(variant)} in a browser and save the file as '
-            f'{quote(file_by_hand(variant))}, or name it with --checkpoint') from e
+            f'{quote(file_by_hand(variant))}, or use --checkpoint') from e
     source = read_record(weights.parent)
     print(f'{variant}: {weights}, from {source["url"]} on {source["date"]} '
           f'({source["size"]:,} bytes, SHA-256 {source["sha256"]})')
@@ -36,10 +36,10 @@ def fetch(variant: str, file: Optional[Path] = None) -> Path:
 
 
 def write(variant: str, weights: Path, folder: Path) -> None:
-    """Write weights to a folder that timm loads.
+    """Write weights to a folder for `local-dir:`.
 
     Raises:
-        InputError: The folder holds another model, or cannot be written to.
+        InputError: The folder contains another model, or cannot be written to.
     """
     if (config := folder / 'config.json').exists():
         try:
@@ -48,12 +48,12 @@ def write(variant: str, weights: Path, folder: Path) -> None:
         except (ValueError, KeyError, TypeError):
             name = 'another config.json'
         if name != f'{variant}.{AUTHORS_TAG}':
-            raise InputError(f'{folder} holds {name}, not {variant}.{AUTHORS_TAG}; name another --output')
+            raise InputError(f'{folder} contains {name}, not {variant}.{AUTHORS_TAG}; use another --output')
     model = timm.create_model(variant, pretrained=True, pretrained_cfg_overlay=dict(file=str(weights)))
     with atomic_dir(folder) as temporary:
         save_for_hf(model, str(temporary), safe_serialization=True)
     print(f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True) loads {variant}; "
-          f'timm-mobileformer takes it as --model {quote(folder)}')
+          f'for timm-mobileformer, use --model {quote(folder)}')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from timm_mobileformer.authors import AUTHORS_TAG
 from .console import InputError
 from .options import batch_size_option, device_option, existing_folder, model_options, workers_option
 
-HELP = 'put weights on the Hugging Face Hub'
+HELP = 'publish weights on the Hugging Face Hub'
 WORK = 'publishing'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,24 +28,24 @@ the command again uploads what is missing, or nothing."""
     group = parser.add_argument_group('where')
     where = group.add_mutually_exclusive_group()
     where.add_argument('--namespace', metavar='ORG',
-                       help='organisation or user (default: where pretrained=True looks)')
-    where.add_argument('--repo-id', metavar='ORG/NAME', help='another repository than ORG/MODEL.TAG')
+                       help='organization or user (default: the namespace used by pretrained=True)')
+    where.add_argument('--repo-id', metavar='ORG/NAME', help='repository (default: ORG/MODEL.TAG)')
     group.add_argument('--tag', help=f"which weights these are (default: {AUTHORS_TAG}, the authors', or what the "
                                      'folder of finetune says)')
-    group.add_argument('--private', action='store_true', help='make a new repository private')
+    group.add_argument('--private', action='store_true', help='create a private repository')
     how = group.add_mutually_exclusive_group()
-    how.add_argument('--revision', metavar='R', help='branch to commit to, made if absent (default: main)')
-    how.add_argument('--create-pr', action='store_true', help='open a pull request instead')
-    group.add_argument('--dry-run', type=Path, metavar='DIR', help='write the files to a folder and send nothing')
-    group.add_argument('--token', help='of the Hub; better log in with `hf auth login` or set HF_TOKEN, for others on '
-                                       'this machine can see your command line')
+    how.add_argument('--revision', metavar='R', help='branch to commit to, created if necessary (default: main)')
+    how.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    group.add_argument('--dry-run', type=Path, metavar='DIR', help='write the files to a folder without uploading them')
+    group.add_argument('--token', help='Hub token; prefer `hf auth login` or HF_TOKEN, since other users of this '
+                                       'machine can see command lines')
     group = parser.add_argument_group('check')
     group.add_argument('--validate', type=existing_folder, metavar='DIR',
                        help="folder of ImageNet's validation images in class folders; refuse weights worse than the "
                             'paper says')
-    group.add_argument('--force', action='store_true', help='publish even so')
+    group.add_argument('--force', action='store_true', help='publish even if the accuracy is lower than in the paper')
     group.add_argument('--validate-only', action='store_true',
-                       help='publish nothing: print top-1 and top-5 beside the paper\'s; --model may be published, too')
+                       help='only print top-1 and top-5 next to the figures of the paper; also for published models')
     batch_size_option(group, 64, 64)
     workers_option(group)
     device_option(group)
@@ -53,8 +53,8 @@ the command again uploads what is missing, or nothing."""
 
 def resolve_options(args: argparse.Namespace) -> None:
     if bool(args.all) == bool(args.model) or args.all and (args.checkpoint or args.pretrained):
-        raise InputError('give --model NAME, --model NAME --checkpoint FILE, --model FOLDER, --all, or --all FOLDER')
+        raise InputError('use --model NAME, --model NAME --checkpoint FILE, --model FOLDER, --all, or --all FOLDER')
     if args.all and args.repo_id:
-        raise InputError('--repo-id names one repository, --all needs --namespace')
+        raise InputError('--repo-id is a single repository; use --namespace with --all')
     if args.validate_only and not args.validate:
-        raise InputError("--validate-only needs the folder of ImageNet's validation images: --validate DIR")
+        raise InputError('--validate-only needs a folder of ImageNet validation images: --validate DIR')

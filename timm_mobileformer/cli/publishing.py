@@ -34,24 +34,24 @@ from .report import measure
 __all__ = ['run']
 
 SUFFIXES = '.safetensors', '.pth', '.pt', '.tar', '.bin'
-TOLERANCE = 0.3  # points of top-1 that weights may miss of the paper's figure
+TOLERANCE = 0.3  # allowed shortfall from the top-1 accuracy in the paper, in percentage points
 
 
 class Candidate(NamedTuple):
-    """A model with weights that were checked, and what it answers."""
+    """A model with verified weights, and its output for a random input."""
     model: Any
-    source: str  # what --model or --checkpoint names
-    file: Optional[Path]  # that holds them, if they are on this machine
+    source: str  # of --model or --checkpoint
+    file: Optional[Path]  # local file of the weights
     x: torch.Tensor
     answer: torch.Tensor
 
 
 class Accuracy(NamedTuple):
-    """Of a model on ImageNet's validation images, in percent."""
+    """Accuracy on ImageNet validation images in percent."""
     top1: float
     top5: float
     images: int
-    paper: float  # top-1; it gives no top-5
+    paper: float  # top-1 in the paper
 
     @property
     def falls_short(self) -> bool:
@@ -59,7 +59,7 @@ class Accuracy(NamedTuple):
 
 
 def find_variants(folder: Path, use_ema: bool) -> Dict[str, Path]:
-    """The checkpoint of each variant in a folder, told apart by their tensors, whatever their names."""
+    """Return the checkpoint of each variant in a folder, identified by its tensors, not by its name."""
     found: Dict[str, Path] = {}
     files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
     models = {variant: timm.create_model(variant, device='meta') for variant in PAPER_TOP1}
@@ -71,18 +71,23 @@ def find_variants(folder: Path, use_ema: bool) -> Dict[str, Path]:
             except RuntimeError:
                 continue
             if variant in found:
-                raise InputError(f'{found[variant]} and {path} are both of {variant}: leave one in the folder')
+                raise InputError(f'{found[variant]} and {path} are both checkpoints of {variant}; '
+                                 'keep only one of them in the folder')
             found[variant] = path
             break
         else:
-            raise InputError(f'{path}: fits no Mobile-Former; take it out of the folder')
+            raise InputError(f'{path} does not fit any Mobile-Former; remove it from the folder')
     if not found:
-        raise InputError(f'{folder}: holds no checkpoint ({", ".join(SUFFIXES)})')
+        raise InputError(f'{folder} contains no checkpoint ({", ".join(SUFFIXES)})')
     return found
 
 
 def check(args: argparse.Namespace) -> Candidate:
-    """Load a model and refuse weights that nobody can use."""
+    """Load a model and verify its weights.
+
+    Raises:
+        InputError: The weights do not fit, or contain or produce NaN or infinity.
+    """
     model = load_mobileformer(args).eval()
     source, file = str(args.checkpoint or args.model), args.checkpoint
     if (weights := Path(args.model.removeprefix('local-dir:'), 'model.safetensors')).is_file() and not file:
@@ -98,14 +103,14 @@ def check(args: argparse.Namespace) -> Candidate:
     with torch.inference_mode():
         answer = model(x)
     if not answer.isfinite().all():
-        raise InputError(f'{source}: the model answers NaN or infinity')
+        raise InputError(f'{source}: the model outputs NaN or infinity')
     variant = model.pretrained_cfg['architecture']
     print(f'{source}: fits {variant}, {sum(p.numel() for p in model.parameters()):,} parameters, all finite')
     return Candidate(model, source, file, x, answer)
 
 
 def save(candidate: Candidate, folder: Path, card: str = '') -> None:
-    """Write config.json and model.safetensors, by timm's own code, and a model card."""
+    """Write config.json and model.safetensors with timm, and a model card."""
     try:
         save_for_hf(candidate.model, str(folder), safe_serialization=True)
         if card:
@@ -115,17 +120,17 @@ def save(candidate: Candidate, folder: Path, card: str = '') -> None:
 
 
 def verify(name: str, candidate: Candidate) -> None:
-    """Load what was published with timm, by way of an empty cache, and ask it the same."""
+    """Load a published model with timm into an empty cache and compare its output."""
     with tempfile.TemporaryDirectory() as cache:
         model = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
     with torch.inference_mode():
         answer = model(candidate.x)
     if not torch.equal(answer, candidate.answer):
-        raise InputError(f'{name} gives other answers than {candidate.source}')
+        raise InputError(f'the outputs of {name} differ from those of {candidate.source}')
 
 
 def every_model(args: argparse.Namespace) -> List[argparse.Namespace]:
-    """The options of each model that is named; those of the authors are fetched where no other weights are named."""
+    """Return the options for each model; the authors' weights are downloaded if no other weights are given."""
     if args.all:
         files = {v: fetch(v) for v in AUTHORS_FILES} if args.all is True else find_variants(args.all, args.use_ema)
     elif args.model in AUTHORS_FILES and not (args.checkpoint or args.pretrained) and args.tag in (None, AUTHORS_TAG):
@@ -137,10 +142,10 @@ def every_model(args: argparse.Namespace) -> List[argparse.Namespace]:
 
 
 def name_repository(cfg: Dict[str, Any], args: argparse.Namespace) -> str:
-    """ORG/NAME to publish as; notes in the config whose weights these are."""
+    """Return the repository ORG/NAME, and set the tag in the config."""
     cfg['tag'] = args.tag or cfg.get('tag')
     if not cfg['tag']:
-        raise InputError(f'{args.model}: say with --tag which weights these are')
+        raise InputError(f'{args.model}: --tag is required to identify the weights')
     if cfg['tag'] != AUTHORS_TAG:
         cfg['origin_url'] = None
     namespace = args.namespace or hub_repository(next(iter(AUTHORS_FILES))).split('/')[0]
@@ -150,24 +155,24 @@ def name_repository(cfg: Dict[str, Any], args: argparse.Namespace) -> str:
     except ValueError as e:
         raise InputError(reason(e)) from e
     if repo_id.count('/') != 1:
-        raise InputError(f'{repo_id!r} is no ORG/NAME')
+        raise InputError(f'{repo_id!r} does not have the form ORG/NAME')
     return repo_id
 
 
 def validate(candidate: Candidate, args: argparse.Namespace) -> Accuracy:
-    """Measure a model on a folder of ImageNet's validation images."""
+    """Evaluate a model on a folder of ImageNet validation images."""
     model, variant = candidate.model, candidate.model.pretrained_cfg['architecture']
     names = ImageNetInfo('imagenet-1k').label_names()
     index = {name: i for i, name in enumerate(names)}
     if model.num_classes != len(index) or variant not in PAPER_TOP1:
-        raise InputError(f'{variant} of {model.num_classes} classes is not in the paper: leave out --validate')
+        raise InputError(f'{variant} with {model.num_classes} classes is not in the paper; omit --validate')
     samples = [(path, index[name]) for path, name in ImageScan().classes(args.validate) if name in index]
     if not samples:
-        raise InputError(f'{args.validate}: no images in class folders named as ImageNet names them (n01440764, …)')
+        raise InputError(f'{args.validate}: no images in class folders with ImageNet names (n01440764, …)')
     scores, _, unread = score_images(as_classifier(model, names, pick_device(args), args), samples, args)
     model.cpu()
     if unread:
-        raise InputError(f'{len(unread):,} of {len(samples):,} images cannot be used: '
+        raise InputError(f'{len(unread):,} of {len(samples):,} images cannot be read: '
                          + abbreviate(f'{path} ({why})' for path, _, why in unread))
     metrics = measure(scores)
     found = Accuracy(metrics['top1'], metrics['top5'], len(samples), PAPER_TOP1[variant])
@@ -177,7 +182,7 @@ def validate(candidate: Candidate, args: argparse.Namespace) -> Accuracy:
 
 
 def validate_only(args: argparse.Namespace) -> int:
-    """Print a table that can be pasted into an issue; the status is 1 if a model falls short of the paper."""
+    """Print a table of the accuracies and return the exit status, 1 if a model is worse than in the paper."""
     measured = [(c, validate(c, args)) for c in map(check, every_model(args))]
     print('\n| model | top-1 | in the paper | top-5 | images | weights |\n|---|---|---|---|---|---|')
     for candidate, found in measured:
@@ -189,23 +194,23 @@ def validate_only(args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace) -> Tuple[Candidate, str]:
-    """A model that may be published, and the name of its repository."""
+    """Return a model that is ready for publishing, and the name of its repository."""
     candidate = check(args)
     cfg, classes = candidate.model.pretrained_cfg, candidate.model.num_classes
     repo_id = name_repository(cfg, args)
     if cfg['tag'] == AUTHORS_TAG and classes != 1000:
-        raise InputError(f'{candidate.source}: {classes} classes, but {AUTHORS_TAG} means the 1000 of ImageNet-1k: '
-                         'name a --tag')
+        raise InputError(f'{candidate.source}: {classes} classes, but the tag {AUTHORS_TAG} is for the 1000 classes of '
+                         'ImageNet-1k; use another --tag')
     if args.validate:
         found = validate(candidate, args)
         if found.falls_short and not args.force:
-            raise InputError(f'{cfg["architecture"]}: top-1 {found.top1:.2f} is more than {TOLERANCE} short of the '
-                             f'{found.paper} of the paper: wrong weights or images; --force publishes all the same')
+            raise InputError(f'{cfg["architecture"]}: top-1 {found.top1:.2f} is more than {TOLERANCE} points below '
+                             f'{found.paper} in the paper; check the weights and images, or use --force')
     return candidate, repo_id
 
 
 def origin(candidate: Candidate) -> str:
-    """Where weights are from, for others to compare."""
+    """Return the origin of the weights, with the checksum of their file."""
     if not (file := candidate.file):
         return f'`{candidate.source}`'
     if source := read_record(file.parent):
@@ -214,7 +219,7 @@ def origin(candidate: Candidate) -> str:
 
 
 def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitInfo, bool]:
-    """Send the files of a folder in one commit; that commit, or the last one if it holds them already."""
+    """Upload the files of a folder in one commit; return the latest commit and whether it is new."""
     api = HfApi(token=args.token, library_name='timm', library_version=timm.__version__)
     api.create_repo(repo_id, private=args.private or None, exist_ok=True)
     try:
@@ -223,7 +228,7 @@ def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitIn
         api.create_branch(repo_id, branch=args.revision, exist_ok=True)
         head = api.model_info(repo_id, revision=args.revision)
     if args.private and not head.private:
-        raise InputError(f'{repo_id} is public already: make it private on its settings page, or leave out --private')
+        raise InputError(f'{repo_id} is public already; make it private on its settings page, or omit --private')
     commit = api.create_commit(
         repo_id,
         [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())],
@@ -244,31 +249,31 @@ def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namesp
             raise
         except Exception as e:
             text = reason(e) if isinstance(e, ValueError) else why(e, repo_id.split('/')[0])
-            raise InputError(f'{repo_id} is not published: {text} ({constants.ENDPOINT}); run this again') from e
+            raise InputError(f'{repo_id} was not published: {text} ({constants.ENDPOINT}); run this again') from e
     print(f'{repo_id}: published as {commit.pr_url or commit.commit_url}' if is_new else
-          f'{repo_id}: unchanged, the Hub holds these files already')
+          f'{repo_id}: unchanged, the Hub has these files already')
     try:
         verify(f'hf-hub:{repo_id}@{commit.pr_revision or commit.oid}', candidate)
     except InputError:
         raise
     except Exception as e:
-        raise InputError(f'{repo_id} is published as {commit.oid}, but does not load: {why(e)}; '
-                         'run this again to check it') from e
-    print(f'{repo_id}: downloaded again, same answer to the bit')
+        raise InputError(f'{repo_id} was published as {commit.oid}, but cannot be loaded: {why(e)}; '
+                         'run this again to verify it') from e
+    print(f'{repo_id}: verified after download, outputs are bit-identical')
 
 
 def write_dry(candidate: Candidate, repo_id: str, target: Path) -> None:
-    """Put the files into a folder instead, complete or not at all."""
+    """Write the files to a folder atomically instead of uploading them."""
     with atomic_dir(target) as folder:
         save(candidate, folder, model_card(candidate.model, repo_id, origin(candidate)))
     verify(f'local-dir:{target}', candidate)
-    print(f'{target}: written, nothing sent; loads as local-dir:{target}, same answer to the bit')
+    print(f'{target}: written, nothing uploaded; loads as local-dir:{target}, outputs are bit-identical')
 
 
 def publish(args: argparse.Namespace) -> int:
     if args.validate_only:
         return validate_only(args)
-    for candidate, repo_id in list(map(prepare, every_model(args))):  # all of them before the first is sent
+    for candidate, repo_id in list(map(prepare, every_model(args))):  # check all before the first upload
         if args.dry_run:
             write_dry(candidate, repo_id, args.dry_run / repo_id.split('/')[1] if args.all else args.dry_run)
         else:
@@ -277,7 +282,7 @@ def publish(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.token:  # timm's loader takes it from there
+    if args.token:  # read by timm's loader
         os.environ['HF_TOKEN'] = args.token
     try:
         return publish(args)

@@ -1,4 +1,4 @@
-"""Preprocessing as operators of an ONNX graph, so that the file takes an image as decoders return it."""
+"""Preprocessing as part of an ONNX graph, so that its input is a decoded image."""
 import math
 from pathlib import Path
 from typing import Any, Dict
@@ -9,11 +9,11 @@ from .console import InputError
 
 __all__ = ['add_preprocessing', 'check_preprocessing']
 
-RESIZE = {  # Pillow's filters to within one of 255: of uint8, in four dimensions, without pixels outside of the image
+RESIZE = {  # attributes of Resize that match Pillow's filters within 1 of 255, for uint8 in NCHW
     'bilinear': 'mode = "linear"',
     'bicubic': 'mode = "cubic", cubic_coeff_a = -0.5',
 }
-# The size that an image (height, width) is resized to, with the rounding of timm's transforms for each crop_mode.
+# Size (height, width) that an image is resized to, rounded as in timm's transforms for each crop_mode.
 SHORT_SIDE = '''
     short_side = ReduceMin<keepdims = 0>(shape)
     longer = Mul(shape, scale)
@@ -28,7 +28,7 @@ KEEP_RATIO = '''
     size = Cast<to = 7>(rounded_size)'''
 SQUASH = '''
     size = Identity(scale)'''
-# The excess of that size over the model's is cropped from both ends, a negative one is padded.
+# The excess over the input size is cropped from both ends; a negative excess is padded.
 PREPROCESSING = '''
 preprocessing (uint8[height, width, 3] image) => (float[1, 3, {height}, {width}] images, float[4] crop) {{
     shape = Shape<start = 0, end = 2>(image){size}
@@ -74,25 +74,25 @@ postprocessing (float[1, {classes}] logits) => (float[{classes}] probabilities) 
 
 
 def check_preprocessing(data_config: Dict[str, Any]) -> None:
-    """Raise an InputError if this preprocessing has no operators in ONNX."""
+    """Raise an InputError if this preprocessing is not supported in ONNX."""
     if data_config['interpolation'] not in RESIZE:
         raise InputError(f'--raw resizes by {" or ".join(RESIZE)} interpolation; this model has '
                          f'{data_config["interpolation"]}')
     if data_config['input_size'][0] != 3:
-        raise InputError('--raw takes images in RGB; this model takes grayscale')
+        raise InputError('--raw supports RGB images only; this model takes grayscale')
 
 
 def add_preprocessing(path: Path, data_config: Dict[str, Any], with_crop: bool = False) -> None:
-    """Let an ONNX file take one image as it is and return probabilities.
+    """Add preprocessing and softmax to an ONNX file.
 
     The input `images` (B, 3, H, W) becomes `image` (height, width, 3), RGB in uint8, of any size; the output `logits`
-    (B, classes) becomes `probabilities` (classes). Other outputs are kept.
+    (B, classes) becomes `probabilities` (classes). Other outputs are unchanged.
 
     Args:
-        path: The file, which is changed in place; opset 18 or later.
-        data_config: How images are preprocessed, as timm resolves it.
-        with_crop: Add an output `crop` (4): top, left, bottom and right of what the model sees, as fractions of the
-            height and the width of the image.
+        path: ONNX file with opset 18 or later, modified in place.
+        data_config: Preprocessing, from `resolve_model_data_config`.
+        with_crop: Add an output `crop` (4): top, left, bottom and right of the center crop, as fractions of the image
+            height and width.
     """
     import onnx
     from onnx import numpy_helper, parser
@@ -105,7 +105,7 @@ def add_preprocessing(path: Path, data_config: Dict[str, Any], with_crop: bool =
     mode = data_config['crop_mode']
     size = (SQUASH if mode == 'squash' else KEEP_RATIO.format(reduce='ReduceMax') if mode == 'border'
             else SHORT_SIDE if scale[0] == scale[1] else KEEP_RATIO.format(reduce='ReduceMin'))
-    fill = np.rint(255 * mean) if mode == 'border' else np.zeros_like(mean)  # what is padded, of 255
+    fill = np.rint(255 * mean) if mode == 'border' else np.zeros_like(mean)  # padding value, from 0 to 255
     constants = dict(scale=scale, target=target, fill=fill.astype(np.float32),
                      factor=(1 / (255 * std)).astype(np.float32), offset=((fill / 255 - mean) / std).astype(np.float32))
 
@@ -124,6 +124,6 @@ def add_preprocessing(path: Path, data_config: Dict[str, Any], with_crop: bool =
     raw = onnx.compose.merge_models(before, net, [('images', 'images')], outputs=['logits', *others])
     raw = onnx.compose.merge_models(raw, after, [('logits', 'logits')], outputs=['probabilities', *others])
     raw.graph.output.sort(key=lambda output: ['probabilities', *others].index(output.name))
-    del raw.graph.value_info[:]  # of an open batch
+    del raw.graph.value_info[:]  # shapes with a dynamic batch size
     onnx.checker.check_model(raw)
     onnx.save(raw, path)

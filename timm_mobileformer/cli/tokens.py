@@ -5,19 +5,20 @@ from pathlib import Path
 from .console import InputError, abbreviate, missing, quote
 from .options import check_exist, check_output, class_map_option, model_options
 
-PICTURES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # that matplotlib writes
-HELP = 'draw the attention of the tokens'
+SUFFIXES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # supported by matplotlib
+HELP = 'draw the attention maps of the tokens'
 WORK = 'attention_figure'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Draw the attention of the tokens of a Mobile-Former over images, for every block and both directions, and\n'
-        'print the five most likely classes.')
+        'Draw the attention maps of the tokens of a Mobile-Former over images, for every block and both directions,\n'
+        'and print the five most likely classes.')
     parser.add_argument('images', metavar='IMAGE', type=Path, nargs='+')
     model_options(parser, required=True)
     class_map_option(parser)
     parser.add_argument('--output', type=Path, default=Path('tokens.png'), metavar='FILE',
-                        help='figure to write; several images get one each, numbered and named (default: tokens.png)')
+                        help='output file; for several images, numbers and image names are appended (default: '
+                             'tokens.png)')
     parser.add_argument('--npz', action='store_true',
                         help='also write the attention maps of every block as arrays, to an .npz file')
 
@@ -31,8 +32,8 @@ def resolve_options(args: argparse.Namespace) -> None:
     if lack := missing('demo', 'matplotlib'):
         raise InputError(f'tokens {lack}')
     out = args.output
-    if out.suffix.lower() not in PICTURES:
-        raise InputError(f'--output {quote(out)} must end in one of {abbreviate(PICTURES, len(PICTURES))}')
+    if out.suffix.lower() not in SUFFIXES:
+        raise InputError(f'--output {quote(out)} must end in one of {abbreviate(SUFFIXES, len(SUFFIXES))}')
     args.output = [out]
     if len(args.images) > 1:  # tokens-1-CAT.png, tokens-2-DOG.png
         digits = len(str(len(args.images)))

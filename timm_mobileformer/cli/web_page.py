@@ -1,4 +1,4 @@
-"""A page that classifies images in the browser, as static files beside a raw ONNX file."""
+"""Web page that classifies images in the browser."""
 import base64
 import hashlib
 import re
@@ -17,32 +17,33 @@ def find_runtime(folder: Path) -> List[Path]:
     """Find the files of onnxruntime-web that the page needs.
 
     Args:
-        folder: The npm package, its `dist`, or the folder in which npm installed it.
+        folder: The npm package, its `dist` folder, or the folder in which npm installed it.
 
     Raises:
-        InputError: They are not there, or are those of another version.
+        InputError: The files are missing or of another version.
     """
     script = (PAGE / 'script.js').read_text()
     digests = dict(re.findall(r"'([\w.-]+)': \[\d+, 'sha384-(.*)'\]", script))
     version, = re.findall(r'onnxruntime-web@([\d.]+)', script)
-    way_on = f'npm install onnxruntime-web@{version} writes them to node_modules/onnxruntime-web'
+    way_on = f'npm install onnxruntime-web@{version} installs them to node_modules/onnxruntime-web'
     for place in folder, folder / 'dist', folder / 'node_modules/onnxruntime-web/dist':
         files = [place / name for name in digests]
         if all(file.is_file() for file in files):
             other = [file for file in files if digests[file.name] != base64.b64encode(
                 hashlib.sha384(file.read_bytes()).digest()).decode()]
             if other:
-                raise InputError(f'--runtime {folder}: not of onnxruntime-web {version}: {abbreviate(other)}; {way_on}')
+                raise InputError(f'--runtime {folder}: files differ from onnxruntime-web {version}: '
+                                 f'{abbreviate(other)}; {way_on}')
             return files
-    raise InputError(f'--runtime {folder} does not hold {" and ".join(digests)}; {way_on}')
+    raise InputError(f'--runtime {folder} does not contain {" and ".join(digests)}; {way_on}')
 
 
 def write_page(folder: Path, runtime: Optional[List[Path]]) -> None:
     """Write the page to a folder.
 
     Args:
-        folder: Where the page finds `model.onnx` and `model.onnx.json`.
-        runtime: Files of onnxruntime-web that are copied there; by default, the page loads them from a CDN.
+        folder: Folder that contains `model.onnx` and `model.onnx.json`.
+        runtime: Files of onnxruntime-web to copy (default: the page loads them from a CDN).
     """
     for file in PAGE.iterdir():
         text = file.read_text(encoding='utf-8')

@@ -12,20 +12,20 @@ WORK = 'prefetching'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
-Download the authors' weights from Google Drive into the cache, where pretrained=True and --pretrained find them without
-a network, or write them to a folder that timm loads:
+Download the authors' weights from Google Drive to the cache, for offline use with pretrained=True and --pretrained, or
+write them to a folder for local-dir: and --model:
 
   timm-mobileformer weights --all
   timm-mobileformer weights mobileformer_294m --output FOLDER"""
     parser.add_argument('model', nargs='?', metavar='NAME', choices=AUTHORS_FILES, help=abbreviate(AUTHORS_FILES, 7))
-    parser.add_argument('--all', action='store_true', help='every variant')
+    parser.add_argument('--all', action='store_true', help='download all variants')
     parser.add_argument('--checkpoint', metavar='FILE', type=existing_file,
-                        help="the authors' file, downloaded by hand; replaces what is in the cache")
+                        help="manually downloaded file; replaces the cached weights")
     parser.add_argument('--output', type=Path, metavar='DIR',
-                        help='folder to write config.json and model.safetensors to; with --all, a folder with one for '
-                             'each variant')
+                        help='folder to write config.json and model.safetensors to; with --all, one subfolder for each '
+                             'variant')
 
 
 def resolve_options(args: argparse.Namespace) -> None:
     if args.all == bool(args.model) or args.all and args.checkpoint:
-        raise InputError('give NAME, NAME --checkpoint FILE, or --all')
+        raise InputError('use NAME, NAME --checkpoint FILE, or --all')

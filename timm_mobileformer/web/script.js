@@ -1,6 +1,6 @@
-// The model takes an image as it is decoded, so this page decodes images and shows answers.
+// The preprocessing is part of the model: this page decodes images, runs the model and shows the results.
 const RUNTIME = 'https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/';
-const FILES = {  // of the runtime: size in bytes, hash
+const FILES = {  // file of the runtime: [size in bytes, hash]
   'ort.wasm.bundle.min.mjs': [73054, 'sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG'],
   'ort-wasm-simd-threaded.wasm': [14239897, 'sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM'],
 };
@@ -21,7 +21,7 @@ function complain(reason) {
 // Loading
 
 async function download(url, [size, integrity] = [0, '']) {
-  const canHash = globalThis.crypto?.subtle;  // it is missing without HTTPS, where the browser itself must check
+  const canHash = globalThis.crypto?.subtle;  // unavailable without HTTPS; the browser then verifies the hash itself
   let response;
   try {
     response = await fetch(url, canHash ? {} : {integrity});
@@ -36,14 +36,14 @@ async function download(url, [size, integrity] = [0, '']) {
   if (integrity && canHash) {
     const digest = new Uint8Array(await canHash.digest('SHA-384', bytes));
     if (integrity !== `sha384-${btoa(String.fromCharCode(...digest))}`)
-      throw new Error(`${url} is not the file that this page was made for; it is not used.`);
+      throw new Error(`${url} does not match the expected hash and was rejected.`);
   }
   return bytes;
 }
 
 async function load() {
   if (typeof WebAssembly !== 'object')
-    throw new Error('This browser cannot run the model: it has no WebAssembly, or WebAssembly is switched off.');
+    throw new Error('This browser cannot run the model: WebAssembly is not supported or disabled.');
   progress.max = 1;
   const [model, about, [code, wasm]] = await Promise.all([
     download('model.onnx'), download('model.onnx.json'),
@@ -67,7 +67,7 @@ function read(source, width, height) {
   const scale = Math.min(1, Math.sqrt(MAX_PIXELS / width / height));
   picture.width = Math.max(1, Math.floor(width * scale));
   picture.height = Math.max(1, Math.floor(height * scale));
-  pixels.fillStyle = 'white';  // behind what is transparent
+  pixels.fillStyle = 'white';  // background of transparent images
   pixels.fillRect(0, 0, picture.width, picture.height);
   pixels.imageSmoothingQuality = 'high';
   pixels.drawImage(source, 0, 0, picture.width, picture.height);
@@ -90,7 +90,7 @@ function drawAttention(map, crop) {
   attention.width = Math.max(1, Math.round(picture.width * scale));
   attention.height = Math.max(1, Math.round(picture.height * scale));
   const [top, left, bottom, right] = crop.data.map((value, i) => value * (i % 2 ? attention.width : attention.height));
-  veil.fillStyle = 'rgb(0 0 0 / 45%)';  // over what the model does not see
+  veil.fillStyle = 'rgb(0 0 0 / 45%)';  // darken the area outside the crop
   veil.fillRect(0, 0, attention.width, attention.height);
   veil.clearRect(left, top, right - left, bottom - top);
   veil.drawImage(small, left, top, right - left, bottom - top);
@@ -113,10 +113,10 @@ async function classify(source, width, height, name) {
   if (answer.attention) drawAttention(answer.attention, answer.crop);
   hint.hidden = true;
   picture.setAttribute('aria-label', name);
-  status.textContent = stream ? `${time.toFixed(0)} ms an image` : `${labels[best[0][0]]}, in ${time.toFixed(0)} ms`;
+  status.textContent = stream ? `${time.toFixed(0)} ms per image` : `${labels[best[0][0]]}, in ${time.toFixed(0)} ms`;
 }
 
-function inTurn(...image) {  // a session runs one image at a time
+function inTurn(...image) {  // a session can only run one image at a time
   return running = running.catch(() => {}).then(() => classify(...image));
 }
 
@@ -126,19 +126,19 @@ async function openFile(file) {
   if (!session) return;
   stopCamera();
   error.hidden = true;
-  if (!file) throw new Error('That was not a picture. Drop or paste an image file.');
+  if (!file) throw new Error('This is not an image. Drop or paste an image file.');
   const image = new Image();
   image.src = URL.createObjectURL(file);
   try {
     await image.decode();
   } catch {
-    throw new Error(`${file.name} is not a picture that this browser can read.`);
+    throw new Error(`${file.name} is not an image that this browser can decode.`);
   } finally {
     URL.revokeObjectURL(image.src);
   }
-  const {naturalWidth: width, naturalHeight: height} = image;  // upright, as EXIF says
+  const {naturalWidth: width, naturalHeight: height} = image;  // after EXIF orientation
   if (Math.max(width, height) > MAX_RATIO * Math.min(width, height))
-    throw new Error(`${file.name} has ${width} × ${height} pixels: it is too narrow to be resized.`);
+    throw new Error(`${file.name} has ${width} × ${height} pixels: its aspect ratio is too extreme to be resized.`);
   await inTurn(image, width, height, file.name);
 }
 
@@ -152,19 +152,19 @@ function stopCamera() {
 async function startCamera() {
   error.hidden = true;
   if (!navigator.mediaDevices)
-    throw new Error('Browsers give the camera only to pages from https:// or localhost. A photo can be chosen as a file.');
+    throw new Error('The camera is only available on https:// and localhost. Choose a photo as a file instead.');
   try {
     stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
   } catch (reason) {
     throw new Error({
-      NotAllowedError: 'The camera may not be used. Allow it for this page in the settings of the browser.',
-      NotFoundError: 'There is no camera on this device.',
+      NotAllowedError: 'Camera access was denied. Allow it for this page in the browser settings.',
+      NotFoundError: 'No camera was found.',
     }[reason.name] ?? `The camera cannot be used (${reason.message}).`);
   }
   const own = stream;
   own.getTracks()[0].onended = stopCamera;
   camera.setAttribute('aria-pressed', 'true');
-  status.setAttribute('aria-live', 'off');  // a screen reader would never end
+  status.setAttribute('aria-live', 'off');  // avoid endless screen reader announcements
   video.srcObject = own;
   await video.play();
   while (stream === own) {
@@ -176,7 +176,7 @@ async function startCamera() {
 for (const input of document.querySelectorAll('input[type=file]'))
   input.onchange = () => {
     if (input.files.length) openFile(input.files[0]).catch(complain);
-    input.value = '';  // so that the same file can be chosen again
+    input.value = '';  // allow choosing the same file again
   };
 camera.onclick = () => stream ? stopCamera() : startCamera().catch(complain);
 show.onchange = () => attention.hidden = !show.checked;
