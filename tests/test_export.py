@@ -38,7 +38,7 @@ def needs(name):
     problem = ''
     try:
         export.resolve_options(argparse.Namespace(
-            formats=[name], images=None, opset=None, raw=False, runtime=None, output=None))
+            formats=[name], images=None, label_pattern=None, opset=None, raw=False, runtime=None, output=None))
     except InputError as e:
         problem = str(e)
     return pytest.mark.skipif(bool(problem), reason=problem or 'nothing is missing')
