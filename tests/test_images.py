@@ -193,12 +193,12 @@ def test_a_color_profile_is_applied(tmp_path, kind):
     data, wanted = PROFILES[kind]
     (tmp_path / 'image').write_bytes(data)
     difference = np.abs(np.asarray(read_image(tmp_path / 'image'), float) - wanted)
-    assert difference.max() <= 4 and difference.mean() < 0.7  # of 8 bits, and for dark colours by another slope
+    assert difference.max() <= 4 and difference.mean() < 0.7  # of 255; the slopes of the curves near black differ
 
 
 def test_a_cmyk_color_profile_is_applied(tmp_path):
-    lab = [(255, 128, 128)] * 16  # of paper
-    lab[8] = (128, 98, 78)  # of cyan
+    lab = [(255, 128, 128)] * 16  # paper white
+    lab[8] = (128, 98, 78)  # full cyan
     identity = bytes(range(256))
     table = (b'mft1\0\0\0\0' + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + 4 * identity
              + bytes(value for color in lab for value in color) + 3 * identity)
@@ -407,7 +407,7 @@ def test_the_white_level_is_saved_with_the_model_for_prediction_and_export(tmp_p
     about = describe(model, data_config, ['a', 'b'])
     assert about['input_white_level'] == 4095 and about['input_color'] == {1: 'L', 3: 'RGB'}[channels]
 
-    values = np.linspace(0, 900, 48, dtype=np.uint16).reshape(6, 8)  # by themselves, of 10 bits
+    values = np.linspace(0, 900, 48, dtype=np.uint16).reshape(6, 8)  # 10 bits without the saved white level
     Image.fromarray(values).save(tmp_path / 'dark.png')
     pixels = Image.fromarray(np.rint(values / 4095 * 255).astype(np.uint8)).convert(about['input_color'])
     wanted = model(create_transform(**data_config)(pixels)[None]).softmax(1).max().item()
