@@ -141,7 +141,7 @@ def test_a_features_only_model_takes_what_it_has_a_place_for():
 
 
 @pytest.mark.parametrize('model', [
-    lambda: timm.create_model('test_resnet'), lambda: reparameterize_model(timm.create_model(f'mobileformer_{SMALL}'))])
+    lambda: timm.create_model('resnet10t'), lambda: reparameterize_model(timm.create_model(f'mobileformer_{SMALL}'))])
 @pytest.mark.parametrize('tensors', [author_state_dict(SMALL), {}])
 def test_a_model_that_checkpoints_do_not_belong_to_is_refused(model, tensors):
     with pytest.raises(TypeError, match='a Mobile-Former as create_model returns it, before reparameterize_model'):

@@ -88,12 +88,12 @@ assert not {{'torch', 'timm', 'numpy', 'PIL', 'matplotlib', 'huggingface_hub'}} 
     (('export', 'onnx', '--img-size', 16), '--img-size: must be at least 32, not 16'),
     (('export', 'onnx', '--val-split', 1), '--val-split: must be from 0.01 to 0.99, not 1.0'),
     (('export', 'onnx', '--labels', 'no.csv'), '--labels: no such file: no.csv'),
-    (('export', 'onnx', '--data-dir', __file__), f'--data-dir: no such folder: {__file__}'),
+    (('export', 'onnx', '--data-dir', __file__), f'--data-dir: {__file__} is a file, not a folder'),
     (('export', 'onnx', '--model', 'x', '--pretrained', '--checkpoint', __file__), 'not allowed with argument'),
-    (('publish', '--all', '.', '--model', 'x'), 'give --model NAME, --model NAME --checkpoint FILE, --model'),
-    (('publish', '--all', '--validate-only'), "--validate-only needs the folder of ImageNet's validation images"),
-    (('weights', '--all', '--checkpoint', __file__), 'give NAME, NAME --checkpoint FILE, or --all'),
-    (('publish', '--all', '.', '--repo-id', 'a/b'), '--repo-id names one repository, --all needs --namespace'),
+    (('publish', '--all', '.', '--model', 'x'), 'use --model NAME, --model NAME --checkpoint FILE, --model'),
+    (('publish', '--all', '--validate-only'), '--validate-only needs a folder of ImageNet validation images'),
+    (('weights', '--all', '--checkpoint', __file__), 'use NAME, NAME --checkpoint FILE, or --all'),
+    (('publish', '--all', '.', '--repo-id', 'a/b'), '--repo-id is a single repository; use --namespace with --all'),
     (('recipe', 'mobileformer_1m'), 'there is no recipe mobileformer_1m; available recipes: finetune, '),
 ])
 def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):

@@ -127,6 +127,13 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(tmp_path, names, wanted):
         open_data(tmp_path)
 
 
+def test_a_table_beside_a_single_folder_of_images_is_pointed_out(tmp_path):
+    draw(tmp_path, 'img/1.png', 'img/2.png')
+    (tmp_path / 'labels.csv').write_text('file,label\n1.png,cat\n2.png,dog\n')
+    with pytest.raises(InputError, match=re.escape(f'add --labels {tmp_path}/labels.csv')):
+        open_data(tmp_path)
+
+
 @pytest.mark.parametrize('names, wanted', [
     (('fold1/cat/1.png', 'fold1/dog/2.png', 'fold2/cat/3.png', 'fold2/dog/4.png', 'fold2/5.png'),
      "fold1, fold2 (--label-pattern '^([^/]+)/'), or cat, dog (--label-pattern '^[^/]+/([^/]+)/')"),

@@ -251,8 +251,10 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
     names, others = {label for _, label in train}, {label for _, label in val}
     if len(names) < 2:
         inside = [] if labels else [f for name in names if (f := root / name).is_dir() and contents(f)[0]]
+        tables = [] if labels else [f for f in contents(root)[1] if f.suffix.lower() in ('.csv', '.tsv')]
         raise InputError(f'{labels or root} has only one class ({abbreviate(names)}); at least two are needed'
-                         + ''.join(f'; if its folders are the classes, use --data-dir {quote(f)}' for f in inside))
+                         + ''.join(f'; if its folders are the classes, use --data-dir {quote(f)}' for f in inside)
+                         + ''.join(f'; if {f.name} has the labels, add --labels {quote(f)}' for f in tables))
     if not others:
         raise InputError(f'{labels or root} has only one image per class (identical images count as one); at least two '
                          'are needed, one of them for validation')

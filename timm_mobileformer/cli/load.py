@@ -1,6 +1,7 @@
 """Load models, weights and class names from command-line options."""
 import argparse
 import difflib
+import os
 import pickle
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -95,6 +96,8 @@ def find_model(name: str) -> str:
     if folder.is_dir():
         raise InputError(f'{name} has no config.json, so finetune did not write it; for a folder of train.py, use '
                          f'--model ARCHITECTURE --checkpoint {quote(folder / "model_best.pth.tar")}')
+    if os.sep in name:
+        raise InputError(f'no such folder: {name}; train a model with finetune, or name a model of timm')
     similar = difflib.get_close_matches(name, timm.list_models())
     hint = f'similar: {", ".join(similar)}' if similar else 'use a model of timm, a folder of finetune, or hf-hub:…'
     raise InputError(f'{name} is neither a model of timm nor a folder; {hint}')
@@ -182,7 +185,7 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
         raise InputError(f'{args.model} has weights already; --checkpoint needs a model name of timm')
     loads = weights and bool(file or has_own or args.pretrained)
     if num_classes is None and not loads:
-        raise InputError(f'{args.model} needs weights: --checkpoint FILE for your own, --pretrained for published ones')
+        raise InputError(f'{args.model} needs weights: --checkpoint FILE for your own, --pretrained for those of timm')
     tensors, trained = read_checkpoint(file, args.use_ema) if file else ({}, {})
     if args.img_size:
         trained = {**trained, 'input_size': None, 'img_size': args.img_size}

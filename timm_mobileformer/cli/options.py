@@ -67,7 +67,8 @@ def existing_folder(text: str) -> Path:
     if path.is_file() and path.suffix.lower() in ARCHIVES:
         raise argparse.ArgumentTypeError(f'{text} is an archive; unpack it and name the folder')
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(f'no such folder: {text}')
+        problem = f'{text} is a file, not a folder' if path.exists() else f'no such folder: {text}'
+        raise argparse.ArgumentTypeError(problem)
     return path
 
 
