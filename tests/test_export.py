@@ -308,7 +308,7 @@ def test_a_finetuned_model_is_checked_on_its_validation_set(
         assert run_here('onnx', '--model', f'local-dir:{model}', '--output', tmp_path / 'out', *more) == 0
         return capsys.readouterr().out
 
-    doubt = 'it may have been trained on some'
+    doubt = 'validation images may have been used for training'
     assert '360 images of the validation set' in (out := said()) and doubt not in out
     assert '360 images of the validation set' in (out := said('--data-dir', digits)) and doubt not in out
     assert doubt in said('--data-dir', digits / 'train', '--val-split', '0.1')
