@@ -12,9 +12,9 @@ import pytest  # noqa: E402
 from hub_server import Hub, serve  # noqa: E402
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A Hugging Face Hub on loopback."""
+    """A Hugging Face Hub on loopback, without the repositories of other modules."""
     folder: Path = tmp_path_factory.mktemp('hub')
     with serve(folder) as running:
         yield running

@@ -80,7 +80,7 @@ class Clients:
         return results
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def clients(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
     run_all = Clients(hub, tmp_path_factory.mktemp('clients'))
     yield run_all
@@ -148,7 +148,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def published(hub: Hub, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """All variants, published by one command."""
     result = run(hub, tmp_path_factory.mktemp('home'), 'hub_upload.py', '--all', str(checkpoints), HF_TOKEN='hf_writer')
