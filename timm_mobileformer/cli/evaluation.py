@@ -45,16 +45,22 @@ def find_images(args: argparse.Namespace, root: Path) -> Tuple[Labelled, str]:
         splits, remarks = find_labels(root, args.label_pattern, args.label_column, bool(args.skip_unlabeled))
     for remark in remarks:
         print(remark)
-    name = next(name for name in ('test', 'val', 'train') if splits.get(name))
+    name = next((name for name in ('test', 'val', 'train') if splits.get(name)), '')
+    if not name:
+        raise InputError(f'{args.labels or root} has no labelled images')
     return splits[name], f'{args.labels or root}' if len(splits) == 1 else f'{name} in {args.labels or root}'
 
 
 def find_unseen_images(args: argparse.Namespace, root: Path, trained: Optional[TrainingData]) -> Tuple[Labelled, str]:
     """Find images like `find_images`; in the data set of a finetuned model, those that it was not trained on."""
-    if data := trained and trained.open(root):
+    if data := trained and trained.agrees(args) and trained.open(root):
         images, what = (data.test, 'test set') if data.test else (data.val, 'validation set of the training')
         return [(path, data.classes[target]) for path, target in images.samples], what
-    return find_images(args, root)
+    found = find_images(args, root)
+    if trained and trained.root and trained.root.resolve() == root.resolve():
+        print(f'{root} or its options are not those of the training of {args.model}: the images may include training '
+              'images')
+    return found
 
 
 def score_images(

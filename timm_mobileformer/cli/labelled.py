@@ -36,6 +36,14 @@ class TrainingData(NamedTuple):
         options = {**self.arguments, 'skip_bad_images': self.skip_bad_images}
         vars(args).update({key: value for key, value in options.items() if getattr(args, key, None) is None})
 
+    def agrees(self, args: argparse.Namespace) -> bool:
+        """Return whether the data options that were given are those of the training."""
+        def resolve(value: Any) -> Any:
+            return value.resolve() if isinstance(value, Path) else value
+
+        given = {key: value for key in DATA_OPTIONS if (value := getattr(args, key, None)) is not None}
+        return all(resolve(value) == resolve(self.arguments.get(key)) for key, value in given.items())
+
     def open(self, root: Path) -> Optional[Data]:
         """Open a folder as in training; None if it does not hold the images that the model was trained on."""
         try:
