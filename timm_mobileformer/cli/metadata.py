@@ -15,7 +15,9 @@ from timm.data import create_transform
 from .console import InputError, abbreviate
 from .load import reading_options
 
-__all__ = ['ExportMetadata', 'describe', 'is_raw', 'make_transform', 'read_metadata', 'to_pixels', 'write_metadata']
+__all__ = [
+    'PREPROCESSING', 'ExportMetadata', 'describe', 'is_raw', 'make_transform', 'read_metadata', 'to_pixels',
+    'write_metadata']
 
 ExportMetadata = Dict[str, Any]
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'

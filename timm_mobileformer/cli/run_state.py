@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator
@@ -16,6 +17,7 @@ from .console import InputError, quote, reason
 from .data import BAD_IMAGES, Data
 from .files import atomic_dir
 from .folders import relative
+from .metadata import PREPROCESSING
 from .report import History, best_epoch
 
 __all__ = ['check_is_free', 'claim', 'fingerprint', 'read_state', 'save_epoch']
@@ -45,7 +47,8 @@ def claim(folder: Path) -> Iterator[None]:
     except OSError as e:
         raise InputError(f'{folder} cannot be written to ({e.strerror}); name another with --output') from e
     for unfinished in folder.glob('.*.unfinished'):  # from a run that was killed
-        shutil.rmtree(unfinished)
+        if time.time() - unfinished.stat().st_mtime > 3600:  # not from a command that is still writing
+            shutil.rmtree(unfinished, ignore_errors=True)
     try:
         yield
     finally:
@@ -86,7 +89,8 @@ def save_epoch(args: argparse.Namespace, model: Any, kwargs: Dict[str, Any], ima
         epoch=len(history) - 1, arch=cfg['architecture'], state_dict=model.state_dict(),
         optimizer=optimizer.state_dict(),
         args={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        metric=history[-1]['eval_metrics']['top1'], version=2, history=history, pictures=images_hash)
+        metric=history[-1]['eval_metrics']['top1'], version=2, history=history, pictures=images_hash,
+        data_config={key: cfg[key] for key in PREPROCESSING if key in cfg})
     try:
         with atomic_dir(args.output) as folder:
             torch.save(state, folder / 'last.pth.tar')
@@ -104,7 +108,8 @@ def read_state(folder: Path) -> Dict[str, Any]:
     """Read the state that `save_epoch` wrote to a folder.
 
     Returns:
-        A dictionary of `state_dict`, `optimizer`, `history`, `pictures` (the `fingerprint` of the data set) and `args`.
+        A dictionary of `state_dict`, `optimizer`, `history`, `pictures` (the `fingerprint` of the data set), `args` and
+        `data_config` (the preprocessing).
 
     Raises:
         InputError: The folder has no `last.pth.tar`, or the file is damaged.
@@ -113,7 +118,8 @@ def read_state(folder: Path) -> Dict[str, Any]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         args = {key: Path(value) if value and key in PATHS else value for key, value in state['args'].items()}
-        return {**{key: state[key] for key in ('state_dict', 'optimizer', 'history', 'pictures')}, 'args': args}
+        return {**{key: state[key] for key in ('state_dict', 'optimizer', 'history', 'pictures', 'data_config')},
+                'args': args}
     except FileNotFoundError as e:
         raise InputError(f'{folder} has no run to resume: it lacks last.pth.tar, which is written after the first '
                          'epoch') from e

@@ -59,7 +59,8 @@ def resumed_options(args: argparse.Namespace, state: Dict[str, Any]) -> argparse
     named = {key: value for key, value in vars(args).items() if value is not None}
     if args.epochs and args.epochs < state['args']['epochs']:
         raise InputError(f'the run in {args.resume} has {state["args"]["epochs"]} epochs; --epochs can only raise that')
-    return argparse.Namespace(**{**vars(args), **state['args'], **named, 'output': args.resume})
+    return argparse.Namespace(
+        **{**vars(args), **state['args'], **state['data_config'], **named, 'output': args.resume})
 
 
 def make_absolute(args: argparse.Namespace) -> None:
