@@ -43,11 +43,13 @@ class Classifier(NamedTuple):
         run: Function from N such tensors to logits or log-probabilities (N, classes) in float32 on the CPU.
         label_names: Class names, by index.
         read: Function that decodes an opened image file, such as `decode`.
+        is_batched: The tensors have one size; if not, they are loaded one by one.
     """
     transform: Any
     run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     label_names: List[str]
     read: Callable[[Any], Any]
+    is_batched: bool = True
 
     @torch.inference_mode()
     def classify(self, paths: Sequence[str], args: argparse.Namespace) -> Iterator[Union[torch.Tensor, str]]:
@@ -61,8 +63,8 @@ class Classifier(NamedTuple):
             For each image, its logits (classes), or an error message if it cannot be read.
         """
         loader = DataLoader(
-            Attempts(paths, self.read, self.transform), args.batch_size, num_workers=args.workers,
-            collate_fn=list)  # type: ignore[arg-type]
+            Attempts(paths, self.read, self.transform), args.batch_size if self.is_batched else 1,
+            num_workers=args.workers, collate_fn=list)  # type: ignore[arg-type]
         with progress(total=len(paths), unit='image') as bar:
             for batch in loader:
                 images = [image for image in batch if isinstance(image, torch.Tensor)]
@@ -100,7 +102,7 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
 
     names = about['label_names']
     names = read_names(args.class_map, len(names)) if args.class_map else names
-    return Classifier(make_transform(about), run, names, make_reader(about))
+    return Classifier(make_transform(about), run, names, make_reader(about), is_batched=not is_raw(about))
 
 
 def as_classifier(model: Any, label_names: List[str], device: torch.device, args: argparse.Namespace) -> Classifier:

@@ -94,6 +94,8 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
                            bool(args.skip_bad_images)).bad
         val, calibration = ([sample for sample in samples if sample[0] not in bad]
                             for samples in (val, calibration))
+        if not val:
+            raise InputError(f'{root} has no validation image of a class of {args.checkpoint or args.model}')
         targets = torch.tensor([target for _, target in val])
         return Inputs(load(val), load(calibration), targets, f'{len(val):,} images of the validation set',
                       decoded(val))

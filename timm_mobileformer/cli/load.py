@@ -203,6 +203,7 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
     model.pretrained_cfg.pop('state_dict', None)
     if trained:
         set_data_config(model, trained)
+    if file:  # other weights have the white level in their config
         set_white_level(model, trained.get('white_level'))
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)

@@ -25,13 +25,14 @@ def fetch(variant: str, file: Optional[Path] = None) -> Path:
     """
     try:
         weights = get_authors_weights(variant, file=file)
+        source = read_record(weights.parent)
     except Exception as e:  # gdown, requests and urllib3 raise many types of errors
         raise InputError(
             f'{file or variant}: {why(e)}; open {drive_page(variant)} in a browser and save the file as '
             f'{quote(file_by_hand(variant))}, or use --checkpoint') from e
-    source = read_record(weights.parent)
-    print(f'{variant}: {weights}, from {source["url"]} on {source["date"]} '
-          f'({source["size"]:,} bytes, SHA-256 {source["sha256"]})')
+    print(f'{variant}: {weights}, ' + (
+        f'from {source["url"]} on {source["date"]} ({source["size"]:,} bytes, SHA-256 {source["sha256"]})'
+        if source else f'of unknown origin; delete {weights} to download it again'))
     return weights
 
 
