@@ -118,8 +118,8 @@ def read_state(folder: Path) -> Dict[str, Any]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         args = {key: Path(value) if value and key in PATHS else value for key, value in state['args'].items()}
-        return {**{key: state[key] for key in ('state_dict', 'optimizer', 'history', 'pictures', 'data_config')},
-                'args': args}
+        return {**{key: state[key] for key in ('state_dict', 'optimizer', 'history', 'pictures')},
+                'args': args, 'data_config': state.get('data_config', {})}
     except FileNotFoundError as e:
         raise InputError(f'{folder} has no run to resume: it lacks last.pth.tar, which is written after the first '
                          'epoch') from e
