@@ -88,7 +88,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         for remark in [*data.remarks, *mismatches]:
             print(remark)
         val = [(path, index[name]) for path, target in data.val.samples
-                    if (name := data.classes[target]) in index]
+               if (name := data.classes[target]) in index]
         calibration = thin_out(data.train.samples)
         bad = check_images([path for path, _ in [*calibration, *val]], args.workers, args.output / BAD_IMAGES,
                            bool(args.skip_bad_images)).bad

@@ -2,7 +2,6 @@
 import csv
 import importlib.util
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from .console import abbreviate
 from .files import atomic_dir
+from .folders import relative
 from .report_figures import draw_confusion, draw_mistakes
 
 __all__ = ['History', 'Scores', 'best_epoch', 'join', 'measure', 'score', 'warn_without_matplotlib',
@@ -146,11 +146,11 @@ def write_report(
     confusion = count_confusion(scores, len(classes))
     rows = rows_by_class(confusion, classes, Counter(trained_on))
     predictions = [
-        [Path(os.path.relpath(path, root)).as_posix(), classes[target], classes[predicted], f'{confidence:.4f}', '']
+        [relative(path, root), classes[target], classes[predicted], f'{confidence:.4f}', '']
         for path, target, predicted, confidence in zip(
             paths, *(values.tolist() for values in scores[:3]), strict=True)]
     mistakes = sorted((row for row in predictions if row[1] != row[2]), key=lambda row: row[3], reverse=True)
-    predictions += [[Path(os.path.relpath(path, root)).as_posix(), classes[target], '', '', problem]
+    predictions += [[relative(path, root), classes[target], '', '', problem]
                     for path, target, problem in unread]
     header = ['path', 'class', 'prediction', 'probability']
     tables: Dict[str, Iterable[Iterable[Any]]] = {

@@ -43,7 +43,7 @@ from .load import (
     set_white_level,
 )
 from .options import data_arguments
-from .report import History, best_epoch, measure, score, warn_without_matplotlib, write_report
+from .report import History, Scores, best_epoch, join, measure, score, warn_without_matplotlib, write_report
 from .report_figures import draw_curve
 from .run_state import PATHS, check_is_free, claim, fingerprint, read_state, save_epoch
 
@@ -143,12 +143,10 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return logits (N, classes) and class indices (N) of all images, in the order of the dataset."""
+def evaluate(model: nn.Module, loader: Any) -> Scores:
+    """Score the predictions for all images, in the order of the dataset."""
     model.eval()
-    outputs = [(model(images).float().cpu(), target.cpu()) for images, target in loader]
-    logits, targets = zip(*outputs, strict=True)
-    return torch.cat(logits), torch.cat(targets)
+    return join(score(model(images).float().cpu(), target.cpu()) for images, target in loader)
 
 
 def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], history: History, save: Any,
@@ -184,7 +182,7 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
             loss = train_epoch(args, model, loader, optimizer, scheduler, epoch * len(loader), bar)
             if not math.isfinite(loss):
                 raise InputError(f'the loss became {loss} in epoch {epoch + 1}; a smaller --lr may help')
-            metrics = measure(score(*evaluate(model, val_loader)))
+            metrics = measure(evaluate(model, val_loader))
             rates = [group['lr'] for group in optimizer.param_groups]
             row = dict(epoch=epoch, train_metrics={'loss': loss}, lr=sum(rates) / len(rates),
                        eval_metrics={key: metrics[key] for key in ('loss', 'top1', 'top5')})
@@ -205,7 +203,7 @@ def report(args: argparse.Namespace, root: Path, data: Data, model: Any, history
             images, batch_size=args.batch_size, num_workers=args.workers, device=device,  # type: ignore[arg-type]
             **resolve_model_data_config(model, vars(args)))
         print(write_report(
-            output, score(*evaluate(model, loader)), [path for path, _ in images.samples], data.classes, root, what,
+            output, evaluate(model, loader), [path for path, _ in images.samples], data.classes, root, what,
             partial(read_image, **images.reading), trained_on=[target for _, target in data.train.samples]))
     if data.validates_on_test:
         print('the best epoch was selected on the test set, so that its accuracy is optimistic; with a folder val '
