@@ -5,6 +5,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from timm_mobileformer import DynamicReLU
 from timm_mobileformer.cli.cost import saved_for_backward
+from timm_mobileformer.layers import DepthwiseConv2d
 
 TINY = 'test_mobileformer'
 # For one image of 224 x 224 in float32, what the authors' program costs: MB read and written by kernels, and MB kept
@@ -115,6 +117,42 @@ def test_the_search_for_copies_finds_one():
     with torch.no_grad(), Recorder() as recorder:
         torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).reshape(2, 16 * 64)
     assert 'clone' in [func.overloadpacket.__name__ for func, _, _ in recorder.calls]
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'channels_last'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_in_16_bits_no_depthwise_convolution_has_several_outputs_per_input_channel(dtype, memory_format):
+    """cuDNN would run one kernel per channel."""
+    model = timm.create_model(TINY, dtype=dtype).eval().to(memory_format=memory_format)
+    images = torch.randn(2, 3, 64, 96, dtype=dtype).to(memory_format=memory_format)
+    for form in model, reparameterize_model(model):
+        with torch.no_grad(), Recorder() as recorder:
+            form(images)
+        convolutions = [(read[0], written[0]) for func, read, written in recorder.calls
+                        if func.overloadpacket.__name__ == 'convolution' and read[1].shape[1] == 1]
+        assert len(convolutions) >= 8
+        for x, y in convolutions:
+            assert x.shape[1] == y.shape[1] and x.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'channels_last'])
+@pytest.mark.parametrize('dtype, eps', [(torch.float64, 1e-12), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 2)])
+def test_a_depthwise_convolution_is_the_same_in_every_dtype(stride, dilation, dtype, eps, memory_format):
+    torch.manual_seed(0)
+    args = 4, 12, 3, stride, dilation, dilation, 4
+    plain, ours = (layer(*args, dtype=torch.float64) for layer in (nn.Conv2d, DepthwiseConv2d))
+    ours.load_state_dict(plain.state_dict())
+    ours = ours.to(dtype, memory_format=memory_format)
+    x = torch.randn(2, 4, 9, 11, dtype=torch.float64, requires_grad=True)
+    x_ours = x.detach().to(dtype, memory_format=memory_format).requires_grad_()
+    y, y_ours = plain(x), ours(x_ours)
+    assert y_ours.is_contiguous(memory_format=memory_format)
+    y.square().sum().backward()
+    y_ours.square().sum().backward()
+    for actual, expected in [(y_ours, y), (x_ours.grad, x.grad), *zip(
+            (p.grad for p in ours.parameters()), (p.grad for p in plain.parameters()), strict=True)]:
+        assert actual.dtype == dtype and (actual - expected).abs().max() <= eps * expected.abs().max()
 
 
 @pytest.mark.parametrize('training', [False, True])

@@ -10,7 +10,9 @@ from timm.utils import reparameterize_model
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-LAYERS = {nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm}
+from timm_mobileformer.layers import DepthwiseConv2d
+
+LAYERS = {nn.Conv2d, DepthwiseConv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm}
 
 
 @pytest.fixture(params=['as trained', 'reparameterized', 'features_only'])

@@ -1,9 +1,14 @@
 """Building blocks shared by all parts of the network, and helpers for reparameterization and tracing."""
+from typing import Optional, Tuple
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-__all__ = ['ChannelShuffle', 'ConvNorm', 'LinearNorm', 'check_foldable', 'is_tracing_or_compiling']
+__all__ = [
+    'ChannelShuffle', 'ConvNorm', 'DepthwiseConv2d', 'LinearNorm', 'check_foldable', 'depthwise_conv2d',
+    'is_tracing_or_compiling']
 
 
 def is_tracing_or_compiling() -> bool:
@@ -25,6 +30,40 @@ def check_foldable(layer: nn.Module) -> None:
             'reparameterize_model, remove pruning masks and parametrizations and merge adapters; quantize after it')
 
 
+@torch.fx.wrap
+def depthwise_conv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        dilation: Tuple[int, int],
+        groups: int,
+) -> torch.Tensor:
+    """Depthwise convolution with several output channels per input channel.
+
+    In 16 bits, each input channel is repeated first, once for each of its output channels, because cuDNN would run one
+    kernel per input channel. This makes inference of 294m 1.7 times and training 1.9 times as fast on an H200 (256
+    images, autocast to float16, channels-last).
+    """
+    if x.dtype in (torch.float16, torch.bfloat16) and weight.shape[0] > groups:
+        repeats = weight.shape[0] // groups
+        groups = weight.shape[0]
+        if x.is_contiguous():
+            x = x.repeat_interleave(repeats, dim=1)
+        else:  # channels-last, and it stays so
+            x = x.permute(0, 2, 3, 1).repeat_interleave(repeats, dim=3).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with several output channels per input channel; see `depthwise_conv2d`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv2d(  # the types of nn.Conv2d are wider
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+
+
 class ConvNorm(nn.Sequential):
     """A convolution without bias, padded to keep the size of the map at stride 1, followed by a BatchNorm."""
 
@@ -42,7 +81,8 @@ class ConvNorm(nn.Sequential):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         padding = dilation * (kernel_size - 1) // 2
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd)
+        layer = DepthwiseConv2d if 1 < groups == in_chs < out_chs else nn.Conv2d
+        self.conv = layer(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=False, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **dd)
 
     @torch.no_grad()
