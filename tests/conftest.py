@@ -9,6 +9,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: many tests start 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs, and their children, ignore it
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from device import DEVICE  # noqa: E402
 from hub_server import Hub, serve  # noqa: E402
 
 
@@ -18,6 +21,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder: Path = tmp_path_factory.mktemp('hub')
     with serve(folder) as running:
         yield running
+
+
+@pytest.fixture
+def exact_hardswish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace hardswish where PyTorch computes it less exactly than the dtype: CUDA rounds 1/6 to float32, always."""
+
+    def hardswish(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+        return x * F.relu6(x + 3) / 6
+
+    x = torch.linspace(-4, 4, 100, dtype=torch.float64, device=DEVICE)
+    if (F.hardswish(x) - hardswish(x)).abs().max() > 1e-12:
+        monkeypatch.setattr(F, 'hardswish', hardswish)
 
 
 @pytest.fixture(scope='session')

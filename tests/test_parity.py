@@ -24,7 +24,7 @@ from timm.utils import reparameterize_model
 
 from timm_mobileformer import checkpoint_filter_fn
 
-pytestmark = needs_float64
+pytestmark = [needs_float64, pytest.mark.usefixtures('exact_hardswish')]
 ANSWER = load_file(ANSWERS)
 
 
