@@ -2,6 +2,7 @@
 import csv
 import io
 import os
+import resource
 
 import pytest
 import timm
@@ -75,6 +76,22 @@ def test_it_is_the_same_whatever_the_batch_and_where_the_table_goes(run, tmp_pat
     assert run(*files, '--output', tmp_path / 'table.csv')[:2] == (1, [])
     with open(tmp_path / 'table.csv', encoding='utf-8', newline='') as file:
         assert list(csv.DictReader(file)) == rows
+
+
+def test_a_batch_may_have_more_images_than_files_may_be_open(run, work, tmp_path, capsys):
+    for i in range(300):
+        source = 'cut.jpg' if i == 100 else 'a, "b"/deep/1.png' if i % 3 else 'rotated.jpg'
+        os.link(work / 'photos' / source, tmp_path / f'{i:03}.{source[-3:]}')
+    wanted = run(tmp_path, '--batch-size', 32, '--img-size', 32)[:2]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        status = main(['predict', str(tmp_path), '--model', 'test_mobileformer', '--checkpoint', 'weights.pth',
+                       '--workers', '1', '--batch-size', '300', '--img-size', '32'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert (status, rows) == wanted and status == 1 and len(rows) == 300 and rows[100]['problem']
 
 
 def test_a_table_and_nothing_else_is_written_whatever_it_is_called(run, work):

@@ -2,11 +2,11 @@
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import resolve_model_data_config
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .console import InputError, progress, reason
 from .formats import open_onnx
@@ -34,19 +34,30 @@ class Attempts(Dataset):
         return len(self.paths)
 
 
+def collate(attempts: List[Union[torch.Tensor, str]]) -> Tuple[torch.Tensor, List[Optional[str]]]:
+    """Stack the images of a batch into one tensor, since every tensor of a worker needs two file descriptors.
+
+    Returns:
+        The images that could be read, and for every image, None or the error message.
+    """
+    images = [image for image in attempts if isinstance(image, torch.Tensor)]
+    stacked = default_collate(images) if images else torch.empty(0)
+    return stacked, [image if isinstance(image, str) else None for image in attempts]
+
+
 class Classifier(NamedTuple):
     """A model and its preprocessing.
 
     Attributes:
         transform: Preprocessing of an image into a tensor (C, H, W); for a raw ONNX file, (H, W, C) in uint8 at the
             original size.
-        run: Function from N such tensors to logits or log-probabilities (N, classes) in float32 on the CPU.
+        run: Function from a batch of N such tensors to logits or log-probabilities (N, classes) in float32 on the CPU.
         label_names: Class names, by index.
         read: Function that decodes an opened image file, such as `decode`.
         is_batched: The tensors have one size; if not, they are loaded one by one.
     """
     transform: Any
-    run: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    run: Callable[[torch.Tensor], torch.Tensor]
     label_names: List[str]
     read: Callable[[Any], Any]
     is_batched: bool = True
@@ -64,13 +75,12 @@ class Classifier(NamedTuple):
         """
         loader = DataLoader(
             Attempts(paths, self.read, self.transform), args.batch_size if self.is_batched else 1,
-            num_workers=args.workers, collate_fn=list)  # type: ignore[arg-type]
+            num_workers=args.workers, collate_fn=collate)
         with progress(total=len(paths), unit='image') as bar:
-            for batch in loader:
-                images = [image for image in batch if isinstance(image, torch.Tensor)]
-                logits = iter(self.run(images) if images else ())
-                yield from (image if isinstance(image, str) else next(logits) for image in batch)
-                bar.update(len(batch))
+            for images, problems in loader:
+                logits = iter(self.run(images) if len(images) else ())
+                yield from (problem or next(logits) for problem in problems)
+                bar.update(len(problems))
 
 
 def make_reader(about: ExportMetadata) -> Callable[[Any], Any]:
@@ -94,9 +104,9 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
     def answer(inputs: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run([about['output_name']], {about['input_name']: inputs.numpy()})[0])
 
-    def run(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    def run(images: torch.Tensor) -> torch.Tensor:
         if not is_raw(about):
-            return answer(torch.stack(tuple(images)))
+            return answer(images)
         probabilities = torch.stack(tuple(map(answer, images)))
         return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
 
@@ -109,8 +119,8 @@ def as_classifier(model: Any, label_names: List[str], device: torch.device, args
     """Return a timm model on a device with its preprocessing, which options such as `--img-size` may change."""
     model.eval().to(device)
     about = describe(model, resolve_model_data_config(model, vars(args)), label_names)
-    return Classifier(make_transform(about), lambda images: model(torch.stack(tuple(images)).to(device)).float().cpu(),
-                      label_names, make_reader(about))
+    return Classifier(make_transform(about), lambda images: model(images.to(device)).float().cpu(), label_names,
+                      make_reader(about))
 
 
 def open_classifier(args: argparse.Namespace) -> Classifier:
