@@ -6,10 +6,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -97,12 +100,22 @@ def test_figures_are_those_of_scikit_learn_to_the_digit(tmp_path, num_classes):
     ece = (abs(accuracies - confidences) * counts[counts > 0].numpy()).sum() / n
     assert found['ece'] == pytest.approx(100 * ece, rel=1e-9)
 
-    confusion = [[int(row[f'c{i}']) for i in labels] for row in read_csv(tmp_path / 'confusion.csv')]
-    assert confusion == metrics.confusion_matrix(true, predictions, labels=labels).tolist()
+    confusion = metrics.confusion_matrix(true, predictions, labels=labels)
+    assert read_csv(tmp_path / 'confusion.csv') == [
+        {'class': f'c{i}', 'prediction': f'c{j}', 'images': str(confusion[i, j])} for i, j in np.argwhere(confusion)]
     columns = metrics.precision_recall_fscore_support(true, predictions, labels=labels, zero_division=0)
     for row, *wanted in zip(read_csv(tmp_path / 'classes.csv'), *columns, strict=True):
         assert [float(row[key] or 0) for key in ('precision', 'recall', 'f1', 'images')] == pytest.approx(
             wanted, **close)
+
+
+def test_a_report_does_not_grow_with_the_square_of_the_number_of_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_mobileformer.cli.report_figures.MAX_CLASSES', 9)  # a large figure takes seconds
+    classes = [f'c{i}' for i in range(50_000)]
+    scores = score(F.one_hot(torch.tensor([7, 49_999, 7, 8]), len(classes)).float(), torch.tensor([7, 7, 7, 49_998]))
+    write_report(tmp_path, scores, [write_image(tmp_path)] * 4, classes, tmp_path, 'these', Image.open)
+    assert [[*row.values()] for row in read_csv(tmp_path / 'confusion.csv')] == [
+        ['c7', 'c7', '2'], ['c7', 'c49999', '1'], ['c49998', 'c8', '1']]
 
 
 def write_image(folder):
@@ -136,8 +149,7 @@ def test_every_class_has_room_for_its_name_in_the_confusion_matrix(tmp_path, mon
     pytest.importorskip('matplotlib')
     figures = []
     monkeypatch.setattr('timm_mobileformer.cli.report_figures.save_figure', lambda figure, path: figures.append(figure))
-    confusion = torch.eye(number, dtype=torch.long)
-    confusion[0, 1] = confusion[number - 1, 0] = 1
+    confusion = Counter([(0, 1), (number - 1, 0), *((i, i) for i in range(number))])
     draw_confusion(tmp_path / 'confusion.png', confusion, [f'the class {i}' for i in range(number)])
     figure, = figures
     axes = figure.axes[0]

@@ -17,6 +17,7 @@ from .report_figures import draw_confusion, draw_mistakes
 __all__ = ['History', 'Scores', 'best_epoch', 'join', 'measure', 'score', 'warn_without_matplotlib',
            'write_report']
 
+Confusion = Counter[Tuple[int, int]]  # number of images by true and predicted class index
 History = List[Dict[str, Any]]  # arguments of timm's update_summary for every epoch
 NUM_BINS = 15  # of the calibration error
 
@@ -71,17 +72,17 @@ def measure(scores: Scores) -> Dict[str, float]:
     }
 
 
-def count_confusion(scores: Scores, num_classes: int) -> torch.Tensor:
-    """Return the confusion matrix (classes, classes), with true classes as rows and predictions as columns."""
-    pairs = scores.targets * num_classes + scores.predictions
-    return pairs.bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
+def count_confusion(scores: Scores) -> Confusion:
+    """Count the pairs of a true and a predicted class index that occur, in their order."""
+    return Counter(sorted(zip(scores.targets.tolist(), scores.predictions.tolist(), strict=True)))
 
 
-def rows_by_class(confusion: torch.Tensor, classes: Sequence[str], trained_on: Counter) -> List[Dict[str, Any]]:
+def rows_by_class(scores: Scores, classes: Sequence[str], trained_on: Counter) -> List[Dict[str, Any]]:
     """Return counts, precision, recall and F1 of every class; undefined values are ''."""
     rows = []
-    for i, (images, predicted, right) in enumerate(zip(
-            confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diagonal().tolist(), strict=True)):
+    hits = scores.targets[scores.predictions == scores.targets]
+    counts = (indices.bincount(minlength=len(classes)).tolist() for indices in (*scores[:2], hits))
+    for i, (images, predicted, right) in enumerate(zip(*counts, strict=True)):
         rows.append({
             'class': classes[i], **({'train': trained_on[i]} if trained_on else {}), 'images': images,
             'predicted': predicted, 'right': right, 'precision': right / predicted if predicted else '',
@@ -90,7 +91,7 @@ def rows_by_class(confusion: torch.Tensor, classes: Sequence[str], trained_on: C
     return rows
 
 
-def summarize(scores: Scores, rows: List[Dict[str, Any]], what: str) -> str:
+def summarize(scores: Scores, confusion: Confusion, rows: List[Dict[str, Any]], what: str) -> str:
     """Summarize the metrics, the classes with the lowest top-1 and the most frequent mistakes in one line each."""
     metrics = measure(scores)
     right = sum(row['right'] for row in rows)
@@ -98,14 +99,14 @@ def summarize(scores: Scores, rows: List[Dict[str, Any]], what: str) -> str:
     lines = [f'{what}: top-1 {metrics["top1"]:.2f} % ({right:,} of {metrics["images"]:,}), '
              f'mean over classes {metrics["mean_class"]:.2f} %, {top5}loss {metrics["loss"]:.4f}, '
              f'calibration error {metrics["ece"]:.2f} %']
-    pairs = Counter((t, p) for t, p in zip(scores.targets.tolist(), scores.predictions.tolist(), strict=True) if t != p)
-    if pairs:
+    mistakes = [(t, p, n) for (t, p), n in confusion.most_common() if t != p]
+    if mistakes:
         worst = sorted((row for row in rows if row['images'] and row['recall'] < 1), key=lambda row: row['recall'])
         lines += [
             'lowest top-1 by class: ' + abbreviate(
                 (f'{row["class"]} {100 * row["recall"]:.1f} %' for row in worst), 10),
             'most frequent mistakes, class → prediction: ' + abbreviate(
-                (f'{rows[t]["class"]} → {rows[p]["class"]} ({n}×)' for (t, p), n in pairs.most_common()), 10)]
+                (f'{rows[t]["class"]} → {rows[p]["class"]} ({n}×)' for t, p, n in mistakes), 10)]
     return '\n'.join(lines)
 
 
@@ -143,8 +144,8 @@ def write_report(
     Returns:
         The summary to print.
     """
-    confusion = count_confusion(scores, len(classes))
-    rows = rows_by_class(confusion, classes, Counter(trained_on))
+    confusion = count_confusion(scores)
+    rows = rows_by_class(scores, classes, Counter(trained_on))
     predictions = [
         [relative(path, root), classes[target], classes[predicted], f'{confidence:.4f}', '']
         for path, target, predicted, confidence in zip(
@@ -155,8 +156,8 @@ def write_report(
     header = ['path', 'class', 'prediction', 'probability']
     tables: Dict[str, Iterable[Iterable[Any]]] = {
         'classes.csv': [rows[0], *(row.values() for row in rows)],
-        'confusion.csv': [['class', *classes], *([name, *counts] for name, counts in zip(
-            classes, confusion.tolist(), strict=True))],
+        'confusion.csv': [['class', 'prediction', 'images'],
+                          *([classes[t], classes[p], n] for (t, p), n in confusion.items())],
         'predictions.csv': [[*header, 'problem'], *predictions],
         'mistakes.csv': [header, *(row[:4] for row in mistakes)]}
     with atomic_dir(output) as folder:
@@ -167,4 +168,4 @@ def write_report(
         if importlib.util.find_spec('matplotlib'):
             draw_confusion(folder / 'confusion.png', confusion, classes)
             draw_mistakes(folder / 'mistakes.png', paths, scores, classes, read)
-    return summarize(scores, rows, what)
+    return summarize(scores, confusion, rows, what)

@@ -9,7 +9,7 @@ import torch
 from .files import save_figure
 
 if TYPE_CHECKING:
-    from .report import History, Scores
+    from .report import Confusion, History, Scores
 
 __all__ = ['draw_confusion', 'draw_curve', 'draw_mistakes']
 
@@ -51,23 +51,25 @@ def shorten(name: str, room: int) -> str:
     return ' '.join(name.split()) or '?'
 
 
-def draw_confusion(path: Path, confusion: torch.Tensor, classes: Sequence[str]) -> None:
+def draw_confusion(path: Path, confusion: 'Confusion', classes: Sequence[str]) -> None:
     """Draw a confusion matrix, normalized by rows; up to 30 classes, with counts.
 
     Args:
         path: File to write.
-        confusion: Counts (classes, classes), with true classes as rows. Of more than 200 classes, the 200 with the most
-            mistakes are drawn.
-        classes: Class names.
+        confusion: Number of images by true class (row) and prediction (column).
+        classes: Class names. Of more than 200 classes, the 200 with the most mistakes are drawn.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    off_diagonal = confusion - confusion.diagonal().diag()
-    mistakes = off_diagonal.sum(0) + off_diagonal.sum(1)
+    (targets, predictions), sizes = torch.tensor([*confusion]).T, torch.tensor([*confusion.values()])
+    images = targets.bincount(sizes, len(classes))
+    wrong = targets != predictions
+    mistakes = torch.cat([targets[wrong], predictions[wrong]]).bincount(sizes[wrong].repeat(2), len(classes))
     shown = mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].sort().values.tolist()
     n = len(shown)
-    shares = (confusion / confusion.sum(1, keepdim=True))[shown][:, shown].numpy()  # nan (gray) without images
+    counts = torch.tensor([[confusion[row, column] for column in shown] for row in shown])
+    shares = (counts / images[shown, None]).numpy()  # nan (gray) without images
     names = [shorten(classes[i], 30) for i in shown]
     cell, font = (0.42, 9) if n <= 30 else (0.11, 6)  # inches, points
     margin = 0.011 * font * max(map(len, names)) + 0.6
@@ -84,9 +86,9 @@ def draw_confusion(path: Path, confusion: torch.Tensor, classes: Sequence[str]) 
     axes.set_title(f'the {n} of {len(classes):,} classes with the most mistakes' if n < len(classes) else
                    'images by class and prediction' if n <= 30 else 'fraction of the images of each class', fontsize=11)
     if n <= 30:
-        for y, row in enumerate(shown):
-            for x, column in enumerate(shown):
-                if count := int(confusion[row, column]):
+        for y, row in enumerate(counts.tolist()):
+            for x, count in enumerate(row):
+                if count:
                     axes.text(x, y, f'{count}', ha='center', va='center', fontsize=9 if count < 1000 else 6,
                               color='white' if shares[y, x] > 0.3 else 'black')
     else:
