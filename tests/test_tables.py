@@ -57,6 +57,7 @@ SPECIES, SPLIT = ('species', LABELS), ('Split', ['train', 'train', 'Train', 'val
     (table(('image', FILES), ('a', [1, 0] * 3), ('b', [0, 1] * 3)), 'labels in column `a`, `b`, 2 classes: a, b'),
     (table(('image', FILES), ('a', ['True', 'False'] * 3), ('b', ['False', 'True'] * 3), ('age', 7)),
      'unused columns: `age`'),
+    (table(('image', FILES), ('note', ['note', 'x', '', 'y', 'z', 'u']), LABEL), 'unused columns: `note`'),
     (table(('', range(6)), ('x', FILES), ('y', LABELS)), 'files in column `x`; labels in column `y`'),
     (table(('', range(6)), FILE, ('Label', [0, 1] * 3), ('ClassName', LABELS)), 'labels in column `ClassName`'),
     (table(('id', [f[:-4] for f in FILES]), ('breed', LABELS)), 'files in column `id`; labels in column `breed`'),
@@ -68,6 +69,14 @@ SPECIES, SPLIT = ('species', LABELS), ('Split', ['train', 'train', 'Train', 'val
 def test_the_right_columns_are_chosen_and_reported(root, text, taken):
     (train, val), remarks = read(root, text)
     assert {**train, **val} == TAKEN and taken in remarks[0]
+
+
+@pytest.mark.parametrize('names, values', [(('0', '1'), (1, 0)), (('True', 'False'), ('True', 'False'))])
+def test_one_hot_columns_may_be_named_like_their_values(root, names, values):
+    columns = [(name, list(some * 3)) for name, some in zip(names, (values, values[::-1]), strict=True)]
+    (train, val), remarks = read(root, table(('image', FILES), *columns))
+    assert {**train, **val} == dict(zip(FILES, names * 3, strict=True))
+    assert f'labels in column `{names[0]}`, `{names[1]}`, 2 classes' in remarks[0]
 
 
 @pytest.mark.parametrize('text', [

@@ -94,9 +94,10 @@ class Columns:
         head = [str(name) for name in rows.iloc[0]] if len(rows) else []
         found = {c: index.locate(rows[c].head(SAMPLE).unique()) for c in rows}
         self.files = self.choose_files(head, found, index)
-        is_header = not found[self.files].get(head[self.files]) and not any(
-            os.path.splitext(name)[1].lower() in SUFFIXES or name and (rows[c].iloc[1:] == name).any()
-            for c, name in enumerate(head))
+        has_values = any(os.path.splitext(name)[1].lower() in SUFFIXES or name and (rows[c].iloc[1:] == name).any()
+                         for c, name in enumerate(head))  # also if one-hot columns are named 0 and 1
+        is_named = head[self.files] and self.usual(FILES, [self.files])
+        is_header = not found[self.files].get(head[self.files]) and (is_named or not has_values)
         self.names = [name if is_header and name else str(i) for i, name in enumerate(head, 1)]
         self.rows = rows.iloc[1:] if is_header else rows
         n = num_images(found[self.files])
