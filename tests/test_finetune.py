@@ -104,7 +104,7 @@ def tiles(tmp_path_factory):
                     folder = root / ('val' if (x + y) % 2 else 'train') / path.stem
                     folder.mkdir(parents=True, exist_ok=True)
                     box = (x * width, y * height, (x + 1) * width, (y + 1) * height)
-                    photograph.crop(tuple(map(round, box))).save(folder / f'{i}.png')
+                    photograph.crop(tuple(map(round, box))).save(folder / f'{i}.png', icc_profile=None)  # as timm reads
     return root
 
 
