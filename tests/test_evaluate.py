@@ -233,9 +233,13 @@ def test_images_that_cannot_be_read_are_named_and_not_counted(run, work, tmp_pat
 
 def test_a_table_of_labels_is_measured(run, tmp_path):
     pytest.importorskip('pandas', reason='pandas reads tables')
-    (tmp_path / 'labels.csv').write_text('file,label\nant/0.png,ant\nowl/1.png,bee\n')
-    _, out, printed, _ = run('--labels', tmp_path / 'labels.csv')
-    assert [row['class'] for row in read_csv(out / 'predictions.csv')] == ['ant', 'bee'] and ' of 2)' in printed
+    for splits in ('', '', ''), ('split', 'test', 'test'), ('subset', 'val', 'val'), ('split', 'train', 'test'):
+        rows = zip(('file,label', 'ant/0.png,ant', 'owl/1.png,bee'), splits, strict=True)
+        (tmp_path / 'labels.csv').write_text(''.join(f'{row},{split}\n' for row, split in rows))
+        _, out, printed, _ = run('--labels', tmp_path / 'labels.csv')
+        classes = ['bee'] if 'train' in splits else ['ant', 'bee']
+        assert [row['class'] for row in read_csv(out / 'predictions.csv')] == classes
+        assert f' of {len(classes)})' in printed
 
 
 def test_a_finetuned_model_is_measured_on_what_it_was_not_trained_on(work, tmp_path, capsys):

@@ -220,6 +220,8 @@ def test_class_folders_take_precedence_over_a_table_that_is_not_named(tmp_path):
     (table(FILE, LABEL) + 'ant,b\n', '{root}/ant.png is both a and b in {file}, in rows 2 and 8'),
     (table(FILE, LABEL, SPLIT) + 'ant.png,a,val\n', '{root}/ant.png is both train and val in {file}, in rows 2 and 8'),
     (table(FILE, LABEL, ('split', ['train', 'val', ''] * 2)), 'must be train, val or test in every row'),
+    (table(FILE, LABEL, ('split', 'test')), '{file} has no training set, only test'),
+    (table(FILE, LABEL, ('split', ['val', 'test'] * 3)), '{file} has no training set, only '),
     (table(FILE, ('x', [0.2, 0.8, 0.4] * 2), ('y', [0.8, 0.2, 0.6] * 2)),
      '{file} has an ambiguous column of labels; its columns are `file`'),
     (table(('n', range(6)), ('file', FILES)), '{file} has no column of labels; its columns are `n`, `file`'),

@@ -146,11 +146,14 @@ class Columns:
         return columns[:1]
 
     def choose_split(self, columns: Sequence[int]) -> Optional[int]:
-        """Choose the column whose values are usual names of train, val and test, if there is one."""
+        """Choose the column whose values are usual names of train, val and test, if there is one.
+
+        Without train, as in a table of a test set, the column must have a usual name, too.
+        """
         found = []
         for c in columns:
             values = [split_of(value) for value in self.rows[c].unique()]
-            if 'train' in values and all(values):
+            if all(values) and ('train' in values or self.usual(SPLITS, [c])):
                 found.append(c)
             elif any(values) and self.usual(SPLITS, [c]):
                 raise InputError(f'column `{self.names[c]}` of {self.file} must be train, val or test in every row; it '

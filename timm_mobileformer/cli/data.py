@@ -232,11 +232,11 @@ def open_data(root: Path, labels: Optional[Path] = None, val_split: float = 0.2,
         splits, remarks = read_labels(labels, root, label_column, skip_unlabeled)
     else:
         splits, remarks = find_labels(root, label_pattern, label_column, skip_unlabeled)
+    if not splits.get('train'):
+        raise InputError(f'{labels or root} has no training set, only {abbreviate(splits)}')
     validates_on_test = 'test' in splits and 'val' not in splits
     if validates_on_test:
         splits['val'] = splits.pop('test')
-    if not splits.get('train'):
-        raise InputError(f'{labels or root} has no training set, only {abbreviate(splits)}')
     train, val, test = (splits.get(name, []) for name in ('train', 'val', 'test'))
     groups = identical_files(path for labelled in splits.values() for path, _ in labelled)
     remarks += duplicate_remarks(splits, groups)
