@@ -100,6 +100,32 @@ def test_a_wrong_argument_is_refused_in_one_line(capsys, args, wanted):
     assert wanted in refused(capsys, *args)
 
 
+@pytest.mark.parametrize('args, key, other', [
+    *(((*name, '--data-dir', '.', '--label-pattern', '(.)', *other), '--label-pattern', other[0])
+      for name in (('finetune',), ('export', 'onnx'), ('evaluate', '--model', 'x'))
+      for other in (('--label-column', 'x'), ('--skip-unlabeled',))),
+    *((('export', 'onnx', '--images', '.', *other), '--images', other[0]) for other in (
+        ('--data-dir', '.'), ('--labels', __file__), ('--label-column', 'x'), ('--label-pattern', '(.)'),
+        ('--skip-unlabeled',), ('--skip-bad-images',), ('--val-split', '0.5'))),
+    *((('publish', '--all', '--validate', '.', '--validate-only', *other), '--validate-only', other[0]) for other in (
+        ('--namespace', 'x'), ('--private',), ('--revision', 'x'), ('--create-pr',), ('--dry-run', 'x'), ('--force',))),
+])
+def test_options_that_would_have_no_effect_together_are_refused(capsys, args, key, other):
+    assert refused(capsys, *args) == f'not allowed with {key}: {other}'
+
+
+@pytest.mark.parametrize('args, wanted', [
+    (('export', 'executorch', 'aoti', '--max-drop', 0), '--max-drop applies to onnx-int8 and executorch-int8 only'),
+    (('export', 'aoti', '--opset', 20), '--opset applies to onnx and onnx-int8 only'),
+    (('export', 'aoti', '--runtime', '.'), '--runtime applies to web only'),
+    (('benchmark', '--runtimes', 'onnx', '--channels-last'), '--channels-last applies to PyTorch only; add eager or'),
+    (('publish', '--all', '--force'), '--force applies to --validate DIR only'),
+    (('evaluate', '--model', 'x', '--skip-bad-images'), 'unrecognized arguments: --skip-bad-images'),
+])
+def test_an_option_that_would_have_no_effect_is_refused(capsys, args, wanted):
+    assert wanted in refused(capsys, *args)
+
+
 def test_a_timm_that_is_too_old_for_the_commands_is_named_beside_the_one_that_is_needed(capsys, monkeypatch):
     monkeypatch.setattr(options, 'version', {'timm': '1.0.28'}.get)
     for argv in ['models'], ['finetune'], ['export', 'onnx']:

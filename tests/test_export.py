@@ -28,7 +28,7 @@ from timm.data import (
 from timm.utils import accuracy, reparameterize_model
 
 from timm_mobileformer import MobileFormer
-from timm_mobileformer.cli import export, exporting, formats, main
+from timm_mobileformer.cli import exporting, formats, main, options
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.images import read_image
 
@@ -37,8 +37,7 @@ def needs(name):
     """Skip a test whose format cannot be exported on this machine, with the reason."""
     problem = ''
     try:
-        export.resolve_options(argparse.Namespace(
-            formats=[name], images=None, label_pattern=None, opset=None, raw=False, runtime=None, output=None))
+        options.parse(['export', name])
     except InputError as e:
         problem = str(e)
     return pytest.mark.skipif(bool(problem), reason=problem or 'nothing is missing')
@@ -255,7 +254,7 @@ FOLLOWED = ('palette, one colour transparent', 'RGBA', 'gray with alpha', 'GIF, 
 def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, tmp_path, monkeypatch, capsys):
     named, file = small
     is_raw = json.loads(Path(f'{file}.json').read_text())['input_name'] == 'image'
-    docs = Path(export.__file__).parents[1] / 'docs' / 'deployment.md'
+    docs = Path(exporting.__file__).parents[1] / 'docs' / 'deployment.md'
     code, = (block for block in re.findall(r'```python\n(.*?)```', docs.read_text(), re.DOTALL)
              if 'custom_metadata_map' in block and ("{'image'" in block) == is_raw)
     assert set(re.findall(r'^(?:import|from) (\w+)', code, re.MULTILINE)) <= {
@@ -312,6 +311,7 @@ def test_a_finetuned_model_is_checked_on_its_validation_set(
     assert '360 images of the validation set' in (out := said()) and doubt not in out
     assert '360 images of the validation set' in (out := said('--data-dir', digits)) and doubt not in out
     assert doubt in said('--data-dir', digits / 'train', '--val-split', '0.1')
+    assert doubt in said('--data-dir', digits, '--val-split', '0.1')  # not the fraction of the training
 
     state = torch.load(model / 'last.pth.tar', weights_only=True)
     state['args']['data_dir'] = str(tmp_path / 'moved')

@@ -44,5 +44,7 @@ def resolve_options(args: argparse.Namespace) -> None:
         lacks.append(missing('export', 'onnx', 'onnxruntime'))
         if not on_cpu:
             raise InputError(f'ONNX Runtime is measured on the CPU, not on {args.device}; remove onnx from --runtimes')
+    if args.channels_last and args.runtimes == ['onnx']:
+        raise InputError('--channels-last applies to PyTorch only; add eager or compile to --runtimes')
     if any(lacks):
         raise InputError(f'benchmark {"; ".join(filter(None, lacks))}')

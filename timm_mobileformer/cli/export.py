@@ -7,7 +7,9 @@ from typing import Dict, Tuple
 
 from .console import InputError, missing
 from .options import (
+    DATA_OPTIONS,
     at_least,
+    check_alone,
     check_exist,
     check_label_pattern,
     class_map_option,
@@ -54,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help='output folder (default: output/export, or output/web for web)')
     parser.add_argument('--opset', type=at_least(18), metavar='N',
                         help='ONNX opset version, 18 or later (default: that of the PyTorch exporter)')
-    parser.add_argument('--max-drop', type=float, default=1., metavar='P',
+    parser.add_argument('--max-drop', type=float, metavar='P',
                         help='allowed loss of top-1 accuracy in int8, in percentage points, in addition to one '
                              'standard error (default: 1)')
     threads_option(parser)
@@ -64,11 +66,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def resolve_options(args: argparse.Namespace) -> None:
     """Keep the formats whose packages are installed, and list the reasons for the others in `left_out`."""
     check_exist(args.images)
+    check_alone(args, 'images', 'data_dir', 'skip_bad_images', *DATA_OPTIONS)
     check_label_pattern(args)
-    if args.images and (args.data_dir or args.labels):
-        raise InputError('--images are unlabelled; use either --images or --data-dir and --labels')
     if args.opset and not {'onnx', 'onnx-int8', 'all'}.intersection(args.formats):
         raise InputError('--opset applies to onnx and onnx-int8 only')
+    if args.max_drop is None:
+        args.max_drop = 1.
+    elif not {'onnx-int8', 'executorch-int8', 'all'}.intersection(args.formats):
+        raise InputError('--max-drop applies to onnx-int8 and executorch-int8 only')
     every = 'all' in args.formats
     names = [name for name in FORMATS if name != 'web'] if every else list(dict.fromkeys(args.formats))
     is_web = names == ['web']

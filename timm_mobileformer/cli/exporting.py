@@ -79,9 +79,9 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
             device=torch.device('cpu'), **data_config)
 
     if root:
-        data = trained and trained.open(root)
+        data = trained and trained.agrees(args) and trained.open(root)
         if trained and not data:
-            print('the images or their split differ from those of training: validation images may have been used for '
+            print('the images or their options are not those of training: validation images may have been used for '
                   'training')
         data = data or open_data(root, **data_arguments(args))
         index, mismatches = match_classes(data.classes, names, args.checkpoint or args.model)

@@ -13,10 +13,10 @@ from timm_mobileformer import __version__, versions
 from .console import InputError, abbreviate, missing
 
 __all__ = [
-    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_exist', 'check_label_pattern', 'check_onnx',
-    'check_output', 'class_map_option', 'data_arguments', 'data_options', 'device_option', 'existing_file',
-    'existing_folder', 'folder_options', 'fraction', 'img_size_option', 'model_options', 'option', 'parse',
-    'threads_option', 'workers_option']
+    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_alone', 'check_exist', 'check_label_pattern',
+    'check_onnx', 'check_output', 'class_map_option', 'data_arguments', 'data_options', 'device_option',
+    'existing_file', 'existing_folder', 'folder_options', 'fraction', 'img_size_option', 'model_options', 'option',
+    'parse', 'threads_option', 'workers_option']
 
 SUBCOMMANDS = (
     'models', 'finetune', 'evaluate', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')
@@ -98,8 +98,6 @@ def folder_options(group: Any, what: str) -> None:
                             'with a usual name, or the only one)')
     group.add_argument('--skip-unlabeled', action='store_true', default=None,
                        help='skip rows of the table that have no label')
-    group.add_argument('--skip-bad-images', action='store_true', default=None,
-                       help='skip images that cannot be read')
     source.add_argument('--label-pattern', metavar='REGEX', type=pattern,
                         help='regular expression whose first group is the label in the path of an image, instead of '
                              "class folders, such as '([^/]+)_[0-9]+'; a group `split` may match train, val, test")
@@ -108,6 +106,8 @@ def folder_options(group: Any, what: str) -> None:
 def data_options(group: Any, default: str) -> None:
     folder_options(group, 'folder with train/CLASS/… and val/CLASS/… (or validation, valid, eval, test), or only '
                           f'train/CLASS/… or CLASS/… (default: {default})')
+    group.add_argument('--skip-bad-images', action='store_true', default=None,
+                       help='skip images that cannot be read')
     group.add_argument('--val-split', metavar='P', type=fraction(0.01, 0.99),
                        help='fraction of every class for validation if there is no validation folder (default: 0.2)')
 
@@ -181,10 +181,18 @@ def check_onnx(args: argparse.Namespace) -> None:
                          + ', '.join(map(option, named)))
 
 
+def check_alone(args: argparse.Namespace, key: str, *others: str) -> None:
+    """Raise an `InputError` if an option is given together with others that would have no effect."""
+    given = [other for other in others if getattr(args, other) not in (None, False)]
+    if getattr(args, key) and given:
+        raise InputError(f'not allowed with {option(key)}: {", ".join(map(option, given))}')
+
+
 def check_label_pattern(args: argparse.Namespace) -> None:
-    """Raise an `InputError` if `--label-pattern` is given without `--data-dir`."""
+    """Raise an `InputError` if `--label-pattern` is given without `--data-dir` or with options of a table."""
     if args.label_pattern and not args.data_dir:
         raise InputError('--label-pattern needs --data-dir, the folder of the images')
+    check_alone(args, 'label_pattern', 'label_column', 'skip_unlabeled')
 
 
 def check_output(path: Path, images: Sequence[Path]) -> None:

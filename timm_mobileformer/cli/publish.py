@@ -5,7 +5,7 @@ from pathlib import Path
 from timm_mobileformer.authors import AUTHORS_TAG
 
 from .console import InputError
-from .options import batch_size_option, device_option, existing_folder, model_options, workers_option
+from .options import batch_size_option, check_alone, device_option, existing_folder, model_options, workers_option
 
 HELP = 'publish weights on the Hugging Face Hub'
 WORK = 'publishing'
@@ -58,3 +58,6 @@ def resolve_options(args: argparse.Namespace) -> None:
         raise InputError('--repo-id is a single repository; use --namespace with --all')
     if args.validate_only and not args.validate:
         raise InputError('--validate-only needs a folder of ImageNet validation images: --validate DIR')
+    if args.force and not args.validate:
+        raise InputError('--force applies to --validate DIR only')
+    check_alone(args, 'validate_only', 'namespace', 'repo_id', 'private', 'revision', 'create_pr', 'dry_run', 'force')
