@@ -3,6 +3,7 @@ import functools
 import os
 import shutil
 import threading
+import time
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,29 @@ import pytest
 FLAGS = (
     'headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking',
     'disable-component-update', 'disable-sync', 'disable-dev-shm-usage', 'use-fake-device-for-media-stream')
+# Makes the steps that a choice waits for finish when the test says so, and records what the page shows.
+HOLD = """
+window.shown = [];
+window.streams = [];
+window.held = [];
+const hold = (object, name, keep) => {
+  const original = object[name];
+  object[name] = async function (...args) {
+    const outcome = original.apply(this, args);
+    await outcome.then(keep, () => {});
+    await new Promise(resolve => held.push(resolve));
+    return outcome;
+  };
+};
+hold(HTMLImageElement.prototype, 'decode', () => {});
+hold(navigator.mediaDevices, 'getUserMedia', stream => streams.push(stream));
+const [picture, error] = ['picture', 'error'].map(id => document.getElementById(id));
+new MutationObserver(changes => changes.forEach(({target}) => {
+  if (target !== picture && (target !== error || error.hidden)) return;
+  const text = target === picture ? picture.getAttribute('aria-label') : error.textContent;
+  if (shown.at(-1) !== text) shown.push(text);
+})).observe(document.body, {subtree: true, attributeFilter: ['aria-label', 'hidden']});
+"""
 
 
 def find_npm_package() -> Optional[Path]:
@@ -57,3 +81,16 @@ def open_browser(profile: Path, *flags: str):
         yield browser
     finally:
         browser.quit()
+
+
+def wait_for(browser, condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not (found := browser.execute_script(f'return {condition}')):
+        assert time.monotonic() < end, (condition, browser.find_element('tag name', 'body').text,
+                                        browser.get_log('browser'))
+        time.sleep(0.05)
+    return found
+
+
+def complaint(browser):
+    return wait_for(browser, "!document.getElementById('error').hidden && document.getElementById('error').textContent")

@@ -2,14 +2,13 @@
 import argparse
 import json
 import re
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from browser import find_npm_package, open_browser, serve
+from browser import HOLD, complaint, find_npm_package, open_browser, serve, wait_for
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -64,19 +63,6 @@ def site(photos, tmp_path_factory):
     about['label_names'] = [f'{i} and_a_very_long_name' + 3 * '_without_any_space' for i in range(300)]
     (folder / 'site/model.onnx.json').write_text(json.dumps(about))
     return folder / 'site', model
-
-
-def wait_for(browser, condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not (found := browser.execute_script(f'return {condition}')):
-        assert time.monotonic() < end, (condition, browser.find_element('tag name', 'body').text,
-                                        browser.get_log('browser'))
-        time.sleep(0.05)
-    return found
-
-
-def complaint(browser):
-    return wait_for(browser, "!document.getElementById('error').hidden && document.getElementById('error').textContent")
 
 
 @pytest.fixture(scope='module')
@@ -155,15 +141,16 @@ def test_files_that_are_no_images_are_refused_in_a_sentence(page, photos, tmp_pa
     assert complaint(page) == 'hair.png has 3000 × 2 pixels: its aspect ratio is too extreme to be resized.'
 
 
-def test_camera_is_looked_through_until_it_is_stopped_or_refused(page):
-    def permit(setting):
-        page.execute_cdp_cmd('Browser.setPermission', dict(permission=dict(name='camera'), setting=setting))
+def permit(browser, setting):
+    browser.execute_cdp_cmd('Browser.setPermission', dict(permission=dict(name='camera'), setting=setting))
 
+
+def test_camera_is_looked_through_until_it_is_stopped_or_refused(page):
     camera = page.find_element('id', 'camera')
-    permit('denied')
+    permit(page, 'denied')
     camera.click()
     assert complaint(page) == 'Camera access was denied. Allow it for this page in the browser settings.'
-    permit('granted')
+    permit(page, 'granted')
     camera.click()
     wait_for(page, "document.getElementById('picture').getAttribute('aria-label') == 'Camera'")
     page.execute_script("document.getElementById('results').replaceChildren()")
@@ -171,6 +158,105 @@ def test_camera_is_looked_through_until_it_is_stopped_or_refused(page):
     assert camera.get_attribute('aria-pressed') == 'true'
     camera.click()
     assert camera.get_attribute('aria-pressed') == 'false'
+
+
+NO_IMAGE = 'broken.jpg is not an image that this browser can decode.'
+
+
+@pytest.fixture
+def held_page(page, tmp_path):
+    """The page with `HOLD`, and a function that chooses a source and returns when it is held."""
+    permit(page, 'granted')
+    page.execute_script(HOLD)
+    (tmp_path / 'broken.jpg').write_bytes(b'no picture')
+
+    def start(source):
+        held = page.execute_script('return held.length')
+        if source == 'Camera':
+            page.find_element('id', 'camera').click()
+        else:
+            choose(page, source if isinstance(source, Path) else tmp_path / source)
+        wait_for(page, f'held.length == {held + 1}')
+
+    yield page, start
+    page.refresh()
+    wait_for(page, "!document.getElementById('controls').disabled")
+
+
+def is_on(page):
+    """Whether a camera is on; checks that the page says so."""
+    pressed, *streams = page.execute_script(
+        "return [document.getElementById('camera').ariaPressed == 'true', ...streams.map(stream => stream.active)]")
+    assert streams.count(True) == pressed
+    return pressed
+
+
+@pytest.mark.parametrize('first, second', [
+    (first, second) for first in ('flower.jpg', 'broken.jpg', 'Camera')
+    for second in ('temple.png', 'broken.jpg', 'Camera') if first != 'Camera' or second != 'Camera'])
+def test_last_choice_is_shown_whichever_is_ready_first(held_page, photos, first, second):
+    page, start = held_page
+    named = {path.name: path for path in photos}
+    for source in first, second:
+        start(named.get(source, source))
+    for last in 1, 0:
+        page.execute_script(f'held[{last}]()')
+        wait_for(page, 'shown.length')
+    assert is_on(page) == (second == 'Camera')
+    start(named['gray.png'])  # images are classified in turn: whatever was shown wrongly comes before it
+    page.execute_script('held[2]()')
+    wait_for(page, "shown.at(-1) == 'gray.png'")
+    assert page.execute_script('return shown') == [NO_IMAGE if second == 'broken.jpg' else second, 'gray.png']
+    assert not is_on(page)
+
+
+def test_image_that_is_outdated_when_its_answer_comes_is_not_shown(held_page, photos):
+    page, start = held_page
+    page.execute_script('''
+        const read = CanvasRenderingContext2D.prototype.getImageData, none = {clipboardData: {files: []}};
+        window.reads = 0;
+        CanvasRenderingContext2D.prototype.getImageData = function (...args) {  // called just before the inference
+          reads++;
+          document.onpaste(none);
+          return read.apply(this, args);
+        };
+        window.look = () => picture.toDataURL() + document.getElementById('results').textContent;
+        window.before = look();''')
+    for i in range(2):  # images are classified in turn: when the second is read, the first could have been shown
+        start(photos[i])
+        page.execute_script(f'held[{i}]()')
+        wait_for(page, f'reads == {i + 1}')
+    assert page.execute_script('return look() == before')
+    assert page.execute_script('return shown') == ['This is not an image. Drop or paste an image file.']
+
+
+@pytest.mark.parametrize('clicks', [2, 3])
+def test_camera_is_on_after_an_odd_number_of_clicks(held_page, clicks):
+    """During the browser's permission prompt; a browser without a prompt would be too fast for it."""
+    page, start = held_page
+    for _ in range(clicks):
+        page.find_element('id', 'camera').click()
+    wait_for(page, f'held.length == {(clicks + 1) // 2}')
+    page.execute_script('held.forEach(resolve => resolve())')
+    assert is_on(page) == clicks % 2
+    if clicks % 2:
+        wait_for(page, "shown.at(-1) == 'Camera'")
+
+
+@pytest.mark.parametrize('failing', ['HTMLMediaElement.prototype.play', 'CanvasRenderingContext2D.prototype.drawImage',
+                                     'stream ended'])
+def test_camera_that_cannot_be_shown_is_switched_off(held_page, failing):
+    page, start = held_page
+    start('Camera')
+    if failing == 'stream ended':
+        page.execute_script('held[0]()')
+        wait_for(page, "shown.at(-1) == 'Camera'")
+        page.execute_script('streams[0].getTracks()[0].stop()')
+        wait_for(page, "document.getElementById('camera').ariaPressed == 'false'")
+    else:
+        page.execute_script(f"{failing} = () => {{ throw new Error('It failed.'); }}; held[0]()")
+        assert complaint(page) == 'It failed.'
+    assert not is_on(page)
 
 
 def test_page_fits_into_every_window(page, photos, tmp_path):

@@ -9,9 +9,11 @@ const MAX_PIXELS = 12e6, MAX_RATIO = 1000;
 const [stage, picture, attention, hint, controls, camera, error, status, progress, results, toggle, show] =
   ['stage', 'picture', 'attention', 'hint', 'controls', 'camera', 'error', 'status', 'progress', 'results', 'switch', 'show']
     .map(id => document.getElementById(id));
-const pixels = picture.getContext('2d', {willReadFrequently: true}), veil = attention.getContext('2d');
+const input = document.createElement('canvas'), pixels = input.getContext('2d', {willReadFrequently: true});
+const shown = picture.getContext('2d'), veil = attention.getContext('2d');
 const video = Object.assign(document.createElement('video'), {muted: true, playsInline: true});
-let ort, session, labels, stream = null, running = Promise.resolve();
+let ort, session, labels, running = Promise.resolve();
+let choice = new AbortController();  // of the file or camera that the user chose last, aborted by the next choice
 
 function complain(reason) {
   error.textContent = reason.message;
@@ -65,20 +67,20 @@ async function load() {
 
 function read(source, width, height) {
   const scale = Math.min(1, Math.sqrt(MAX_PIXELS / width / height));
-  picture.width = Math.max(1, Math.floor(width * scale));
-  picture.height = Math.max(1, Math.floor(height * scale));
+  input.width = Math.max(1, Math.floor(width * scale));
+  input.height = Math.max(1, Math.floor(height * scale));
   pixels.fillStyle = 'white';  // background of transparent images
-  pixels.fillRect(0, 0, picture.width, picture.height);
+  pixels.fillRect(0, 0, input.width, input.height);
   pixels.imageSmoothingQuality = 'high';
-  pixels.drawImage(source, 0, 0, picture.width, picture.height);
-  const rgba = pixels.getImageData(0, 0, picture.width, picture.height).data;
+  pixels.drawImage(source, 0, 0, input.width, input.height);
+  const rgba = pixels.getImageData(0, 0, input.width, input.height).data;
   const rgb = new Uint8Array(rgba.length / 4 * 3);
   for (let i = 0, j = 0; i < rgba.length; i += 4) {
     rgb[j++] = rgba[i];
     rgb[j++] = rgba[i + 1];
     rgb[j++] = rgba[i + 2];
   }
-  return new ort.Tensor('uint8', rgb, [picture.height, picture.width, 3]);
+  return new ort.Tensor('uint8', rgb, [input.height, input.width, 3]);
 }
 
 function drawAttention(map, crop) {
@@ -96,10 +98,14 @@ function drawAttention(map, crop) {
   veil.drawImage(small, left, top, right - left, bottom - top);
 }
 
-async function classify(source, width, height, name) {
+async function classify(signal, source, width, height, name) {
+  if (signal.aborted) return;
   const image = read(source, width, height), start = performance.now();
   const answer = await session.run({image});
   const time = performance.now() - start;
+  if (signal.aborted) return;
+  [picture.width, picture.height] = [input.width, input.height];
+  shown.drawImage(input, 0, 0);
   const best = [...answer.probabilities.data.entries()].sort((a, b) => b[1] - a[1]).slice(0, 5);
   results.replaceChildren(...best.map(([index, probability]) => {
     const item = document.createElement('li'), bar = document.createElement('div');
@@ -113,7 +119,8 @@ async function classify(source, width, height, name) {
   if (answer.attention) drawAttention(answer.attention, answer.crop);
   hint.hidden = true;
   picture.setAttribute('aria-label', name);
-  status.textContent = stream ? `${time.toFixed(0)} ms per image` : `${labels[best[0][0]]}, in ${time.toFixed(0)} ms`;
+  status.textContent =
+    source === video ? `${time.toFixed(0)} ms per image` : `${labels[best[0][0]]}, in ${time.toFixed(0)} ms`;
 }
 
 function inTurn(...image) {  // a session can only run one image at a time
@@ -122,10 +129,21 @@ function inTurn(...image) {  // a session can only run one image at a time
 
 // Where images come from
 
-async function openFile(file) {
+async function choose(open, ...args) {
   if (!session) return;
-  stopCamera();
+  choice.abort();
+  const own = choice = new AbortController();
   error.hidden = true;
+  try {
+    await open(own.signal, ...args);
+  } catch (reason) {
+    if (!own.signal.aborted) complain(reason);
+  } finally {
+    own.abort();
+  }
+}
+
+async function openFile(signal, file) {
   if (!file) throw new Error('This is not an image. Drop or paste an image file.');
   const image = new Image();
   image.src = URL.createObjectURL(file);
@@ -139,20 +157,22 @@ async function openFile(file) {
   const {naturalWidth: width, naturalHeight: height} = image;  // after EXIF orientation
   if (Math.max(width, height) > MAX_RATIO * Math.min(width, height))
     throw new Error(`${file.name} has ${width} × ${height} pixels: its aspect ratio is too extreme to be resized.`);
-  await inTurn(image, width, height, file.name);
+  await inTurn(signal, image, width, height, file.name);
 }
 
-function stopCamera() {
-  stream?.getTracks().forEach(track => track.stop());
-  stream = null;
-  camera.setAttribute('aria-pressed', 'false');
-  status.setAttribute('aria-live', 'polite');
-}
-
-async function startCamera() {
-  error.hidden = true;
+async function openCamera(signal) {
   if (!navigator.mediaDevices)
     throw new Error('The camera is only available on https:// and localhost. Choose a photo as a file instead.');
+  let stream;
+  const stop = () => stream?.getTracks().forEach(track => track.stop());
+  camera.setAttribute('aria-pressed', 'true');
+  status.setAttribute('aria-live', 'off');  // avoid endless screen reader announcements
+  signal.onabort = () => {
+    stop();
+    video.srcObject = null;
+    camera.setAttribute('aria-pressed', 'false');
+    status.setAttribute('aria-live', 'polite');
+  };
   try {
     stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
   } catch (reason) {
@@ -161,26 +181,23 @@ async function startCamera() {
       NotFoundError: 'No camera was found.',
     }[reason.name] ?? `The camera cannot be used (${reason.message}).`);
   }
-  const own = stream;
-  own.getTracks()[0].onended = stopCamera;
-  camera.setAttribute('aria-pressed', 'true');
-  status.setAttribute('aria-live', 'off');  // avoid endless screen reader announcements
-  video.srcObject = own;
+  if (signal.aborted) return stop();  // during the permission prompt
+  video.srcObject = stream;
   await video.play();
-  while (stream === own) {
-    await inTurn(video, video.videoWidth, video.videoHeight, 'Camera');
+  while (stream.active && !signal.aborted) {
+    await inTurn(signal, video, video.videoWidth, video.videoHeight, 'Camera');
     await new Promise(requestAnimationFrame);
   }
 }
 
-for (const input of document.querySelectorAll('input[type=file]'))
-  input.onchange = () => {
-    if (input.files.length) openFile(input.files[0]).catch(complain);
-    input.value = '';  // allow choosing the same file again
+for (const chooser of document.querySelectorAll('input[type=file]'))
+  chooser.onchange = () => {
+    if (chooser.files.length) choose(openFile, chooser.files[0]);
+    chooser.value = '';  // allow choosing the same file again
   };
-camera.onclick = () => stream ? stopCamera() : startCamera().catch(complain);
+camera.onclick = () => camera.getAttribute('aria-pressed') === 'true' ? choice.abort() : choose(openCamera);
 show.onchange = () => attention.hidden = !show.checked;
-document.onpaste = event => openFile(event.clipboardData.files[0]).catch(complain);
+document.onpaste = event => choose(openFile, event.clipboardData.files[0]);
 document.ondragover = event => {
   event.preventDefault();
   document.body.classList.add('dragging');
@@ -189,7 +206,7 @@ document.ondragleave = () => document.body.classList.remove('dragging');
 document.ondrop = event => {
   event.preventDefault();
   document.ondragleave();
-  openFile(event.dataTransfer.files[0]).catch(complain);
+  choose(openFile, event.dataTransfer.files[0]);
 };
 load().catch(reason => {
   progress.hidden = true;
