@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Type
 
 import pytest
 
@@ -53,9 +53,9 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[str]:
+def serve(folder: Path, handler: Type[Quiet] = Quiet) -> Iterator[str]:
     """The URL of a web server, as `python -m http.server` runs one."""
-    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder)))
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f'http://127.0.0.1:{server.server_port}/'

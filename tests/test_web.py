@@ -2,13 +2,15 @@
 import argparse
 import json
 import re
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from browser import HOLD, complaint, find_npm_package, open_browser, serve, wait_for
+from browser import HOLD, Quiet, complaint, find_npm_package, open_browser, serve, wait_for
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -283,6 +285,42 @@ def test_runtime_that_is_not_the_pinned_one_is_not_run(page, site):
         assert 'ort-wasm-simd-threaded.wasm does not match the expected hash' in complaint(page)
     finally:
         wasm.write_bytes(content)
+
+
+def test_lost_connection_is_one_sentence_and_ends_the_other_downloads(page, site):
+    started, ended = threading.Event(), threading.Event()
+
+    class Unreliable(Quiet):
+        """Sends half of the model, and the runtime for as long as someone receives it."""
+
+        def do_GET(self):
+            if self.path == '/model.onnx':
+                started.wait(60)
+                self.send_response(200)
+                self.send_header('Content-Length', '1000')
+                self.end_headers()
+                self.wfile.write(bytes(500))
+            elif self.path.endswith('.wasm'):
+                self.send_response(200)
+                self.end_headers()
+                started.set()
+                with suppress(ConnectionError):
+                    while not ended.wait(0.01):
+                        self.wfile.write(bytes(10000))
+                ended.set()
+            else:
+                super().do_GET()
+
+    home = page.current_url
+    with serve(site[0], Unreliable) as url:
+        try:
+            page.get(url)
+            assert re.fullmatch(r'model.onnx could not be loaded \(.+\). Check the connection and reload the page.',
+                                complaint(page))
+            assert ended.wait(60)
+        finally:
+            ended.set()
+            page.get(home)
 
 
 def test_javascript_lines_in_the_docs_classify_as_pytorch_does(page, site, photos):

@@ -12,6 +12,7 @@ const [stage, picture, attention, hint, controls, camera, error, status, progres
 const input = document.createElement('canvas'), pixels = input.getContext('2d', {willReadFrequently: true});
 const shown = picture.getContext('2d'), veil = attention.getContext('2d');
 const video = Object.assign(document.createElement('video'), {muted: true, playsInline: true});
+const loading = new AbortController();
 let ort, session, labels, running = Promise.resolve();
 let choice = new AbortController();  // of the file or camera that the user chose last, aborted by the next choice
 
@@ -24,16 +25,16 @@ function complain(reason) {
 
 async function download(url, [size, integrity] = [0, '']) {
   const canHash = globalThis.crypto?.subtle;  // unavailable without HTTPS; the browser then verifies the hash itself
-  let response;
+  const chunks = [];
   try {
-    response = await fetch(url, canHash ? {} : {integrity});
+    const response = await fetch(url, {signal: loading.signal, ...canHash ? {} : {integrity}});
     if (!response.ok) throw new Error(response.status);
+    progress.max += size || Number(response.headers.get('content-length'));
+    const reader = response.body.getReader();
+    for (let part; !(part = await reader.read()).done; progress.value += part.value.length) chunks.push(part.value);
   } catch (reason) {
     throw new Error(`${url} could not be loaded (${reason.message}). Check the connection and reload the page.`);
   }
-  progress.max += size || Number(response.headers.get('content-length'));
-  const reader = response.body.getReader(), chunks = [];
-  for (let part; !(part = await reader.read()).done; progress.value += part.value.length) chunks.push(part.value);
   const bytes = await new Blob(chunks).arrayBuffer();
   if (integrity && canHash) {
     const digest = new Uint8Array(await canHash.digest('SHA-384', bytes));
@@ -52,7 +53,9 @@ async function load() {
     Promise.all(Object.entries(FILES).map(([name, check]) => download(RUNTIME + name, check)))]);
   status.textContent = 'Starting the model …';
   progress.removeAttribute('value');
-  ort = await import(URL.createObjectURL(new Blob([code], {type: 'text/javascript'})));
+  const script = URL.createObjectURL(new Blob([code], {type: 'text/javascript'}));
+  ort = await import(script);
+  URL.revokeObjectURL(script);
   Object.assign(ort.env.wasm, {wasmBinary: wasm, numThreads: 1});
   session = await ort.InferenceSession.create(model);
   const {architecture, label_names} = JSON.parse(new TextDecoder().decode(about));
@@ -209,6 +212,7 @@ document.ondrop = event => {
   choose(openFile, event.dataTransfer.files[0]);
 };
 load().catch(reason => {
+  loading.abort();  // the other downloads
   progress.hidden = true;
   status.textContent = 'The model could not be started.';
   complain(reason);
