@@ -3,7 +3,8 @@
     python tests/hub_server.py FOLDER [--port PORT]
 
 prints the address for HF_ENDPOINT. Repositories live in FOLDER. Clients need HF_HUB_DISABLE_XET=1, and a token of
-`TOKENS` to write. Any step can be told to fail (`Hub.faults`).
+`TOKENS` to write. Any step can be told to fail (`Hub.faults`). The step 'xet' exists only to fail: repositories with
+such a fault offer downloads through hf_xet, from a storage that answers 404.
 """
 import argparse
 import base64
@@ -35,6 +36,7 @@ STEPS = [  # name, method, path
     ('tree', 'GET', rf'/api/models/{_REPO}/tree/(?P<rev>[^/]+)'),
     ('branch', 'POST', rf'/api/models/{_REPO}/branch/(?P<rev>[^/]+)'),
     ('preupload', 'POST', rf'/api/models/{_REPO}/preupload/(?P<rev>[^/]+)'),
+    ('xet', 'GET', rf'/api/models/{_REPO}/xet-read-token/(?P<rev>[^/]+)'),
     ('batch', 'POST', rf'/{_REPO}\.git/info/lfs/objects/batch'),
     ('put', 'PUT', rf'/{_REPO}/lfs/(?P<oid>[0-9a-f]{{64}})'),
     ('commit', 'POST', rf'/api/models/{_REPO}/commit/(?P<rev>[^/]+)'),
@@ -277,6 +279,11 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.keep(repo, self.body, lfs=True)
         self.answer(200, {})
 
+    def on_xet(self, repo: str, rev: str) -> None:
+        self.answer(200, {}, **{
+            'X-Xet-Cas-Url': f'{self.hub.endpoint}/no/storage', 'X-Xet-Access-Token': 'xet',
+            'X-Xet-Token-Expiration': '9999999999'})
+
     def on_commit(self, repo: str, rev: str) -> None:
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = next(line['value'] for line in lines if line['key'] == 'header')
@@ -310,6 +317,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {'X-Repo-Commit': oid, 'ETag': f'"{f["oid"]}"', 'Accept-Ranges': 'bytes'}
         if f['lfs']:
             headers.update({'X-Linked-ETag': f'"{f["oid"]}"', 'X-Linked-Size': str(f['size'])})
+            if (repo, 'xet') in self.hub.faults:
+                token = f'{self.hub.endpoint}/api/models/{repo}/xet-read-token/{oid}'
+                headers.update({'X-Xet-Hash': f['oid'], 'X-Xet-Refresh-Route': token})
         status, first, last = 200, 0, len(content) - 1
         if match := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
             status, first, last = 206, int(match[1]), min(last, int(match[2] or last))

@@ -286,6 +286,35 @@ def test_missing_weights_give_one_error_with_the_repository_the_reason_and_ways_
     assert clients(tmp_path / 'jobs', {'again': again})['again'].status == 0
 
 
+def test_errors_of_hf_xet_give_the_reason_and_another_way_to_download_or_the_next_source(
+        hub, clients, published, checkpoints, tmp_path):
+    pytest.importorskip('hf_xet')
+    (tmp_path / 'hf_xet.py').write_text('XetFileInfo = None')  # a version that huggingface_hub cannot use
+    own, default = 'others/xet', repository('26m')
+    hub.create(own)
+    content = hub.files(default)['model.safetensors']
+    hub.commit(own, 'main', {'model.safetensors': hub.keep(own, content, lfs=True)}, 'weights')
+    use_xet = 'from huggingface_hub import constants; constants.HF_HUB_DISABLE_XET = False\n'
+    use_old = f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n'
+    for name, fault, code, said in (
+            ('storage', 0, use_xet, '404 Not Found'),  # RuntimeError
+            ('token', 200, use_xet, 'Xet headers have not been correctly set by the server'),  # ValueError
+            ('version', 0, use_xet + use_old, "cannot import name 'XetSession'")):  # ImportError
+        hub.faults.update(dict.fromkeys([(own, 'xet'), (default, 'xet')], fault))
+        results = clients(tmp_path / 'jobs', {
+            'own': code + load('mobileformer_26m', cache=tmp_path / name, pretrained_cfg_overlay={'hf_hub_id': own}),
+            'default': code + load('mobileformer_26m', cache=tmp_path / name),
+        })
+        for status, out in results.values():
+            assert status == 3 and said in out and 'set HF_HUB_DISABLE_XET=1' in out, (name, out)
+        assert f'From the Hugging Face repository {own} ' in results['own'].out
+        assert "From the authors' file on Google Drive" in results['default'].out
+    again = load('mobileformer_26m', cache=tmp_path / 'again', pretrained_cfg_overlay={'hf_hub_id': own})
+    assert clients(tmp_path / 'jobs', {'again': again})['again'].status == 0  # with HF_HUB_DISABLE_XET=1
+    for repo in own, default:
+        hub.faults.pop((repo, 'xet'))
+
+
 def test_errors_that_are_not_about_weights_of_the_hub_stay_what_they_are(tmp_path):
     name = 'mobileformer_26m'
     save_for_hf(timm.create_model(name), tmp_path / 'folder', safe_serialization=True)

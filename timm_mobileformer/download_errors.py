@@ -1,7 +1,8 @@
 """Error messages for failed downloads and uploads: Hugging Face Hub, Google Drive and disk errors."""
 import errno
+import traceback
 
-__all__ = ['why']
+__all__ = ['is_xet_error', 'why']
 
 # Keyed by class name to avoid importing the libraries.
 _REASONS = {
@@ -28,6 +29,15 @@ _WRITING = {
 }
 
 
+def is_xet_error(error: BaseException) -> bool:
+    """Return whether huggingface_hub raised an error while it downloaded through hf_xet.
+
+    Such errors have built-in types, for instance RuntimeError, and only the traceback tells them from others.
+    """
+    return any(frame.f_code.co_name == 'xet_get' and frame.f_globals['__name__'].startswith('huggingface_hub.')
+               for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def why(error: BaseException, namespace: str = '') -> str:
     """Return the reason of a failed download, or of a failed upload to `namespace`, in one line."""
     causes = [error]
@@ -49,4 +59,5 @@ def why(error: BaseException, namespace: str = '') -> str:
     # gdown adds advice about its own command; its cause is the message of Google Drive
     said = causes[1] if type(error).__name__ == 'FileURLRetrievalError' and len(causes) > 1 else error
     text = ' '.join(str(said).split()).rstrip('.') or type(said).__name__
-    return text if len(text) <= 1000 else f'{text[:1000]} …'
+    text = text if len(text) <= 1000 else f'{text[:1000]} …'
+    return f'{text}; set HF_HUB_DISABLE_XET=1 to download without hf_xet' if is_xet_error(error) else text

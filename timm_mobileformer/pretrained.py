@@ -14,7 +14,7 @@ from timm.models._hub import hf_split
 
 from .authors import AUTHORS_FILES, AUTHORS_TAG
 from .checkpoint import CheckpointMismatchError
-from .download_errors import why
+from .download_errors import is_xet_error, why
 
 __all__ = ['cached_hub_file', 'find_weights', 'hub_repository', 'with_weights']
 
@@ -24,6 +24,7 @@ WEIGHTS = 'model.safetensors'
 SOURCES = 'source', 'state_dict', 'file', 'url', 'hf_hub_id', 'hf_hub_filename'  # fields of timm's PretrainedCfg
 # Errors of downloads, damaged files and mismatched weights; timm wraps UnpicklingError.
 _HUB_ERRORS = OSError, HTTPError, EntryNotFoundError, HFValidationError
+_XET_ERRORS = RuntimeError, ImportError, ValueError
 _FILE_ERRORS = SafetensorError, UnpicklingError, CheckpointMismatchError
 
 
@@ -78,7 +79,9 @@ def find_weights(variant: str, repository: Optional[str], cache_dir: Any = None)
             _logger.info(f'{variant}: loading weights from the Hugging Face repository {repository}; '
                          'the authors state no licence for them')
             return file
-        except _HUB_ERRORS as e:
+        except _HUB_ERRORS + _XET_ERRORS as e:
+            if not _is_hub_error(e):
+                raise
             tried[_name(repository)] = why(e)
     try:
         file = str(get_authors_weights(variant, cache_dir))
@@ -123,11 +126,15 @@ def with_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iter
     except Exception as e:
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
         source, _ = _resolve_pretrained_source(cfg.to_dict())
-        about_weights = isinstance(e, _HUB_ERRORS + _FILE_ERRORS) or isinstance(e.__cause__, UnpicklingError)
+        about_weights = _is_hub_error(e) or isinstance(e, _FILE_ERRORS) or isinstance(e.__cause__, UnpicklingError)
         if not about_weights or is_named and source != 'hf-hub':
             raise
         failed = _name(cfg.hf_hub_id) if is_named else overlay['file']
         raise RuntimeError(_explain(variant, {failed: why(e)})) from e
+
+
+def _is_hub_error(error: Exception) -> bool:
+    return isinstance(error, _HUB_ERRORS) or isinstance(error, _XET_ERRORS) and is_xet_error(error)
 
 
 def _name(repository: Any) -> str:
