@@ -259,6 +259,23 @@ def test_a_run_is_resumed_from_another_directory_and_for_more_epochs(tmp_path, s
     assert len(rates) == 3 and rates[2] < 1e-5  # the schedule is that of 3 epochs
 
 
+def test_a_run_of_a_model_of_a_fixed_size_is_resumed_with_the_size_of_its_weights(tmp_path, shapes):
+    options = dict(img_size=96, crop_pct=0.8, mean=[0.3, 0.4, 0.5])  # of train.py
+    weights = timm.create_model('test_vit', num_classes=4, img_size=96).state_dict()
+    torch.save({'state_dict': weights, 'args': argparse.Namespace(**options)}, tmp_path / 'last.pth.tar')
+    start = ('--data-dir', shapes, '--batch-size', 16, '--epoch-repeats', 1, '--epochs', 1, '--device', 'cpu',
+             '--workers', 0)
+    for name, size, *named in (('first', 96, 'test_vit', '--checkpoint', tmp_path / 'last.pth.tar'),
+                               ('second', 64, tmp_path / 'first', '--img-size', 64)):
+        assert not run_here(*start, '--output', tmp_path / name, '--model', *named)
+        assert not run_here('--resume', tmp_path / name, '--epochs', 2)
+        assert len(top1_by_epoch(tmp_path / name)) == 2
+        config = resolve_model_data_config(model := load(tmp_path / name))
+        assert config['input_size'] == (3, size, size)
+        assert (config['crop_pct'], list(config['mean'])) == (0.8, options['mean'])
+        assert model.eval()(torch.zeros(1, 3, size, size)).shape == (1, 2)
+
+
 def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path, shapes, capsys):
     settings = ('--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
     with subprocess.Popen(command(*settings, '--epoch-repeats', 10000, '--workers', 1), stdout=subprocess.PIPE,

@@ -162,7 +162,12 @@ def what_failed(args: argparse.Namespace, error: Exception, file: Optional[Path]
     return f'{args.model}: {reason(error, 2000).removeprefix(f"{args.model}: ")}'
 
 
-def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weights: bool = True, **kwargs: Any) -> Any:
+def load_model(
+        args: argparse.Namespace,
+        num_classes: Optional[int] = None,
+        resumed: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> Any:
     """Create the model of `--model`, `--checkpoint`, `--pretrained`, `--use-ema` and `--img-size`.
 
     Its `pretrained_cfg` holds the preprocessing of its training if known, else the default of timm.
@@ -171,7 +176,7 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
         args: Command-line options.
         num_classes: Number of classes; a model without weights is then initialised at random. By default, the number
             of classes of the weights, which are required then.
-        weights: Load the weights.
+        resumed: Preprocessing of a run to resume, for which no weights are loaded here.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
@@ -179,14 +184,14 @@ def load_model(args: argparse.Namespace, num_classes: Optional[int] = None, weig
     """
     if args.use_ema and not args.checkpoint:
         raise InputError('--use-ema needs a checkpoint with averaged weights: --checkpoint FILE')
-    name, file = find_model(args.model), args.checkpoint if weights else None
+    name, file = find_model(args.model), args.checkpoint if resumed is None else None
     has_own = name.startswith(HAVE_WEIGHTS)
     if file and has_own:
         raise InputError(f'{args.model} has weights already; --checkpoint needs a model name of timm')
-    loads = weights and bool(file or has_own or args.pretrained)
+    loads = resumed is None and bool(file or has_own or args.pretrained)
     if num_classes is None and not loads:
         raise InputError(f'{args.model} needs weights: --checkpoint FILE for your own, --pretrained for those of timm')
-    tensors, trained = read_checkpoint(file, args.use_ema) if file else ({}, {})
+    tensors, trained = read_checkpoint(file, args.use_ema) if file else ({}, resumed or {})
     if args.img_size:
         trained = {**trained, 'input_size': None, 'img_size': args.img_size}
     overlay: Any = {}

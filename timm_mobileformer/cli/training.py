@@ -75,7 +75,8 @@ def make_absolute(args: argparse.Namespace) -> None:
 
 def make_model(args: argparse.Namespace, classes: List[str], state: Optional[Dict[str, Any]]) -> Any:
     """Create the model to train, and update its `pretrained_cfg` with the classes and the preprocessing."""
-    model = load_model(args, len(classes), weights=not state, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    model = load_model(
+        args, len(classes), state and state['data_config'], drop_rate=args.drop, drop_path_rate=args.drop_path)
     if state:
         model.load_state_dict(state['state_dict'])
     set_data_config(model, vars(args))
