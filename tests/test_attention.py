@@ -300,7 +300,7 @@ def test_classes_have_the_names_of_a_file_of_imagenet_or_of_the_weights(run, tmp
 
 @pytest.mark.parametrize(['argv', 'line'], [
     (('nowhere.jpg', *USUAL[1:]), 'no such image or folder: nowhere.jpg'),
-    (('text.png', *USUAL[1:]), r'1 of 1 images cannot be used: text.png \(cannot identify'),
+    (('text.png', *USUAL[1:]), r'1 of 1 image cannot be used: text.png \(cannot identify'),
     (('cat.jpg', 'folder', *USUAL[1:]), r'folder is a folder; pass the images in it: folder/\*'),
     ((*USUAL[:2], 'resnet18'), 'resnet18 is not a Mobile-Former; choose from mobileformer_26m'),
     ((*USUAL, '--class-map', 'cat.jpg'), 'cat.jpg is not in UTF-8'),

@@ -247,6 +247,12 @@ def test_it_works_without_a_home_and_where_nothing_can_be_written(tmp_path, monk
     assert (tmp_path / 'out.png').is_file()
 
 
+def test_a_number_is_followed_by_the_right_form_of_its_noun():
+    counts = (0, 'image'), (1, 'image'), (1000, 'image'), (1, 'validation batch'), (2, 'validation batch'), (3, 'class')
+    assert [console.plural(*count) for count in counts] == [
+        '0 images', '1 image', '1,000 images', '1 validation batch', '2 validation batches', '3 classes']
+
+
 @pytest.mark.parametrize('is_terminal, seconds, shown', [
     (True, 30, r'\rcounting.*\r +\r'),  # a bar, removed when done
     (False, 30, ''),

@@ -224,7 +224,7 @@ def test_a_pattern_takes_labels_from_paths(tmp_path, names, pattern, train, val)
 
 
 @pytest.mark.parametrize('pattern, wanted', [
-    ('(cat|dog)_', '2 of 6 images do not match the pattern'),
+    ('(cat|dog)_', '2 of 6 images without a match of the pattern'),
     ('^(?P<label>[a-z]+)_(?P<split>[0-9])', "'1' in {root}/cat_1.png is not a split"),
 ])
 def test_a_pattern_that_does_not_fit_is_refused(tmp_path, pattern, wanted):
@@ -268,11 +268,11 @@ def test_identical_images_across_the_splits_of_a_folder_are_reported(tmp_path):
     os.link(tmp_path / 'train/b/2.png', tmp_path / 'test/a/link.png')
     data = open_data(tmp_path)
     assert data.remarks[0] == (
-        '3 of 5 validation images are identical to training images, 2 of them only to images of another class: '
+        '3 of 5 validation images identical to training images, 2 of them only to images of another class: '
         + ', '.join(f'{tmp_path}/val/{name} = {tmp_path}/train/a/1.png'
                     for name in ('a/copy.png', 'b/too.png', 'b/wrong.png'))
         + '; accuracy on them is not meaningful')
-    assert '1 of 2 test images are identical to training images, 1 of them only to' in data.remarks[1]
+    assert '1 of 2 test images identical to training images, 1 of them only to' in data.remarks[1]
     assert '6 images are identical to images of another class' in data.remarks[2]
 
 
@@ -315,7 +315,7 @@ def test_all_images_that_cannot_be_used_are_listed_in_a_file(tmp_path, capsys):
 
     assert not main([*map(str, settings), '--skip-bad-images'])
     out = capsys.readouterr().out
-    assert '7 images cannot be used and are skipped: ' in out and 'bad_images.csv' in out.splitlines()[-2]
+    assert 'skipped 7 images that cannot be used: ' in out and 'bad_images.csv' in out.splitlines()[-2]
     assert sum(map(int, re.search('([0-9]+) training and ([0-9]+) validation images', out).groups())) == 17
 
 

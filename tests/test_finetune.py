@@ -254,7 +254,7 @@ def test_a_run_is_resumed_from_another_directory_and_for_more_epochs(tmp_path, s
     monkeypatch.chdir(shapes)
     assert 'can only raise' in refused(capsys, '--resume', tmp_path / 'out', '--epochs', 1)
     assert not run_here('--resume', tmp_path / 'out', '--epochs', 3)
-    assert '2 of 3 epochs are done' in capsys.readouterr().out
+    assert '2 of 3 epochs done' in capsys.readouterr().out
     rates = [float(row['lr']) for row in read_csv(tmp_path / 'out' / 'summary.csv')]
     assert len(rates) == 3 and rates[2] < 1e-5  # the schedule is that of 3 epochs
 

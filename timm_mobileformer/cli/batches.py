@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
 from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
-from .console import InputError
+from .console import InputError, plural
 from .data import Data
 
 __all__ = ['CachedBatches', 'EvenBatches', 'make_loaders', 'set_batches']
@@ -34,7 +34,7 @@ def set_batches(args: argparse.Namespace, num_images: int) -> str:
     args.epoch_repeats = args.epoch_repeats or math.ceil(MIN_BATCHES * args.batch_size / num_images)
     num_batches = len(EvenBatches(range(args.epoch_repeats * num_images), args.batch_size))
     passes = f'{args.epoch_repeats} passes over the images' if args.epoch_repeats > 1 else 'one pass over the images'
-    return f'an epoch is {passes} in {num_batches:,} batches of up to {args.batch_size}'
+    return f'an epoch is {passes} in {plural(num_batches, "batch")} of up to {args.batch_size}'
 
 
 class EvenBatches(Sampler):

@@ -26,7 +26,7 @@ from timm_mobileformer.authors import PAPER_TOP1
 
 from .benchmark import RUNTIMES
 from .benchmark_figure import draw, other_sizes
-from .console import InputError, progress, reason
+from .console import InputError, plural, progress, reason
 from .cost import count_macs, saved_for_backward
 from .files import atomic_dir
 from .heap import keep_heap
@@ -175,7 +175,7 @@ def describe(device: torch.device, threads: int) -> str:
         return torch.get_device_module(device).get_device_name(device)
     found = re.search(r'Model name:\s*(.+)', get_cpu_info(run_command) or '')
     cpu = found.group(1) if found else platform.processor() or platform.machine()
-    return f'{cpu}, {threads} thread{"s"[:threads > 1]}'
+    return f'{cpu}, {plural(threads, "thread")}'
 
 
 def make_table(rows: List[Row], heading: str) -> str:

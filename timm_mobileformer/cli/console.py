@@ -13,8 +13,8 @@ from typing import Any, Iterable
 
 from tqdm import tqdm
 
-__all__ = ['InputError', 'abbreviate', 'close_bars', 'missing', 'printable', 'progress', 'quiet_unless_it_fails',
-           'quote', 'reason']
+__all__ = ['InputError', 'abbreviate', 'close_bars', 'missing', 'plural', 'printable', 'progress',
+           'quiet_unless_it_fails', 'quote', 'reason']
 
 SECONDS = 30  # between lines of progress without a terminal
 
@@ -45,6 +45,12 @@ def abbreviate(names: Iterable[Any], limit: int = 5) -> str:
     """Join the first `limit` names, with control characters escaped, and the number of the others."""
     names = [printable(str(n)) for n in (sorted(names, key=str) if isinstance(names, Set) else names)]
     return ', '.join(names[:limit]) + (f' and {len(names) - limit:,} more' if len(names) > limit else '')
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 image`, `1,000 images`, `0 batches`."""
+    ending = '' if number == 1 else 'es' if noun.endswith(('ch', 's')) else 's'
+    return f'{number:,} {noun}{ending}'
 
 
 def quote(text: Any) -> str:

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Set, Tuple
 
-from .console import InputError, abbreviate, quote
+from .console import InputError, abbreviate, plural, quote
 from .dataset import ImageDataset
 from .duplicates import identical_files
 from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, relative, split_of
@@ -88,8 +88,9 @@ def duplicate_remarks(splits: Splits, groups: List[List[str]]) -> List[str]:
                 other += labels[path][1] not in {labels[one][1] for one in trained}
         if copies:
             remarks.append(
-                f'{len(copies):,} of {len(splits[split]):,} {name} images are identical to training images, {other:,} '
-                f'of them only to images of another class: {abbreviate(copies)}; accuracy on them is not meaningful')
+                f'{len(copies):,} of {plural(len(splits[split]), f"{name} image")} identical to training images, '
+                f'{other:,} of them only to images of another class: {abbreviate(copies)}; accuracy on them is not '
+                'meaningful')
     if several := [group for group in groups if len({labels[path][1] for path in group}) > 1]:
         remarks.append(f'{sum(map(len, several)):,} images are identical to images of another class: '
                        + abbreviate(' = '.join(group) for group in several))
@@ -145,7 +146,7 @@ class Data:
             which = f'training image of {abbreviate(self.classes[i] for i in sorted(lost))}' if lost else (
                 'validation image')
             raise InputError(f'no {which} can be used')
-        return [f'{len(bad):,} images cannot be used and are skipped: '
+        return [f'skipped {plural(len(bad), "image")} that cannot be used: '
                 + abbreviate(f'{path} ({problem})' for path, problem in bad.items())]
 
 

@@ -7,7 +7,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 
 from .classifier import Classifier, open_classifier
-from .console import InputError, abbreviate
+from .console import InputError, abbreviate, plural
 from .data import find_labels
 from .digits import folder_or_digits
 from .folders import Labelled, contents, split_of
@@ -114,13 +114,13 @@ def evaluate(args: argparse.Namespace, root: Path, trained: Optional[TrainingDat
     warn_without_matplotlib()
     scores, paths, unread = score_images(classifier, samples, args)
     if not paths:
-        raise InputError(f'none of the {len(samples):,} images can be read: '
+        raise InputError(f'none of {plural(len(samples), "image")} can be read: '
                          + abbreviate(f'{path} ({why})' for path, _, why in unread))
     print(write_report(args.output, scores, paths, classifier.label_names, root, what,
                        partial(try_to_read, read=classifier.read), unread=unread))
     if unread:
-        print(f'{len(unread):,} of {len(samples):,} images could not be read and were skipped; for the errors, see '
-              'predictions.csv')
+        print(f'{len(unread):,} of {plural(len(samples), "image")} could not be read, not counted in the metrics; for '
+              'the errors, see predictions.csv')
     print(f'written to {args.output}: {", ".join(sorted(path.name for path in args.output.glob("[!.]*")))}')
     return 1 if unread else 0
 

@@ -16,7 +16,7 @@ from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms import Compose
 
-from .console import InputError, abbreviate, progress, quiet_unless_it_fails, quote, reason
+from .console import InputError, abbreviate, plural, progress, quiet_unless_it_fails, quote, reason
 from .data import BAD_IMAGES, ImageScan, open_data
 from .dataset import ImageDataset
 from .digits import folder_or_digits
@@ -97,7 +97,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         if not val:
             raise InputError(f'{root} has no validation image of a class of {args.checkpoint or args.model}')
         targets = torch.tensor([target for _, target in val])
-        return Inputs(load(val), load(calibration), targets, f'{len(val):,} images of the validation set',
+        return Inputs(load(val), load(calibration), targets, f'{plural(len(val), "image")} of the validation set',
                       decoded(val))
     if args.images:
         found = ImageScan()
@@ -106,7 +106,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
             raise InputError(f'no images in {abbreviate(args.images)}{found.ignored_types(", only")}')
         check_images(paths, args.workers)
         samples = [(path, 0) for path in paths]
-        return Inputs(load(samples), load(thin_out(samples)), None, f'{len(paths):,} images', decoded(samples))
+        return Inputs(load(samples), load(thin_out(samples)), None, plural(len(paths), 'image'), decoded(samples))
     generator = torch.Generator().manual_seed(0)
     channels, *size = data_config['input_size']
     noise = torch.randint(256, (8, *size, channels), dtype=torch.uint8, generator=generator)
@@ -159,8 +159,8 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
     lost, won = count_changes(answers, wanted, targets)
     drop, by_chance = (100 * n / len(targets) for n in (lost - won, math.sqrt(lost + won)))
     if drop - by_chance > max_drop:
-        raise InputError(f'loses {drop:.2f} points on {len(targets):,} images ({lost} lost, {won} won), more than '
-                         f'--max-drop {max_drop:g} and the standard error of {by_chance:.2f}')
+        raise InputError(f'loses {drop:.2f} points on {plural(len(targets), "image")} ({lost} lost, {won} won), more '
+                         f'than --max-drop {max_drop:g} and the standard error of {by_chance:.2f}')
 
 
 def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
@@ -261,7 +261,7 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     if len(rows) > 2:
         print(f'files in {args.output}, each with its metadata in a .json file')
     preprocessing = f', from {picture.shape[1]} × {picture.shape[0]} pixels in the raw files' if args.raw else ''
-    print(f'latency of one image{preprocessing}, {args.threads} thread{"s"[:args.threads > 1]}\n')
+    print(f'latency of one image{preprocessing}, {plural(args.threads, "thread")}\n')
     print('| | file | MB | top-1, % | agreement with PyTorch, % |', 'largest difference of a',
           'probability' if args.raw else 'logit', '| latency, ms | speed, eager = 1 |')
     print('|---' * 8 + '|')
@@ -269,8 +269,8 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     for title, row in rows.items():
         print('|', ' | '.join([title, *row, f'{times[title]:.2f}', f'{eager / times[title]:.2f}']), '|')
     if changes:
-        print(f'\nint8: changed predictions on {len(targets):,} images: {"; ".join(changes)} (allowed loss: --max-drop '
-              f'{args.max_drop:g} points and one standard error)')
+        print(f'\nint8: changed predictions on {plural(len(targets), "image")}: {"; ".join(changes)} (allowed loss: '
+              f'--max-drop {args.max_drop:g} points and one standard error)')
     if removed:
         print(f'\nremoved outdated files from {args.output}: {", ".join(removed)}')
     if 'web' in args.formats and not failed:

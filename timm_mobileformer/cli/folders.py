@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
-from .console import InputError, abbreviate, quote
+from .console import InputError, abbreviate, plural, quote
 from .images import PLUGINS, SUFFIXES
 from .options import ARCHIVES
 
@@ -162,7 +162,7 @@ class ImageScan:
         matches = [pattern.search(relative(path, folder)) for path in paths]
         group = 'label' if 'label' in pattern.groupindex else 1
         if unmatched := [path for path, match in zip(paths, matches, strict=True) if not match or not match[group]]:
-            raise InputError(f'{len(unmatched):,} of {len(paths):,} images do not match the pattern '
+            raise InputError(f'{len(unmatched):,} of {plural(len(paths), "image")} without a match of the pattern '
                              f'{pattern.pattern!r} of --label-pattern: {abbreviate(unmatched)}')
         for path, match in zip(paths, matches, strict=True):
             assert match

@@ -9,7 +9,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, 
 import numpy as np
 from PIL import Image
 
-from .console import InputError, abbreviate, progress
+from .console import InputError, abbreviate, plural, progress
 from .images import TRUNCATED, decode, is_16_bit, max_of_bit_depth, use_image
 
 __all__ = ['check_images', 'try_to_read']
@@ -92,7 +92,7 @@ def check_images(
             csv.writer(file).writerows([('path', 'problem'), *bad.items()])
         where = f'; {listing} lists all of them, --skip-bad-images leaves them out'
     if bad and not skip_bad:
-        raise InputError(f'{len(bad):,} of {len(paths):,} images cannot be used: '
+        raise InputError(f'{len(bad):,} of {plural(len(paths), "image")} cannot be used: '
                          + abbreviate(f'{path} ({problem})' for path, problem in bad.items()) + where)
     good = [(path, *result) for path, result in zip(paths, results, strict=True) if not isinstance(result, str)]
     maximum = max((value for _, value, _ in good), default=0)

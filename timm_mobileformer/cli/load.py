@@ -22,7 +22,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from timm_mobileformer import MobileFormer, checkpoint_filter_fn
 from timm_mobileformer.download_errors import why
 
-from .console import InputError, quote, reason
+from .console import InputError, plural, quote, reason
 
 __all__ = [
     'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args', 'pick_device',
@@ -245,7 +245,7 @@ def read_names(file: Path, num_classes: int) -> List[str]:
     except UnicodeDecodeError as e:
         raise InputError(f'{file} is not in UTF-8') from e
     if len(names) != num_classes:
-        raise InputError(f'{file} names {len(names):,} classes, the model has {num_classes:,}')
+        raise InputError(f'{file} names {plural(len(names), "class")}, the model has {num_classes:,}')
     return names
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, TextIO
 
 from .classifier import open_classifier
-from .console import InputError, abbreviate, printable
+from .console import InputError, abbreviate, plural, printable
 from .data import ImageScan
 from .files import atomic_dir
 from .heap import keep_heap
@@ -62,6 +62,6 @@ def run(args: argparse.Namespace) -> int:
             top = zip(*(values.tolist() for values in logits.softmax(-1).topk(args.topk)), strict=True)
             table.writerow([clean(path), *(cell for p, i in top for cell in (clean(names[i]), f'{p:.4f}')), ''])
     if unread:
-        print(f'{unread:,} of {len(paths):,} images could not be read; for the errors, see the column problem',
+        print(f'{unread:,} of {plural(len(paths), "image")} could not be read; for the errors, see the column problem',
               file=sys.stderr)
     return 1 if unread else 0

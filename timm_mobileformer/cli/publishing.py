@@ -22,7 +22,7 @@ from timm_mobileformer.download_errors import why
 from timm_mobileformer.pretrained import hub_repository
 
 from .classifier import as_classifier
-from .console import InputError, abbreviate, progress, reason
+from .console import InputError, abbreviate, plural, progress, reason
 from .data import ImageScan
 from .evaluation import score_images
 from .files import atomic_dir, sha256
@@ -165,18 +165,18 @@ def validate(candidate: Candidate, args: argparse.Namespace) -> Accuracy:
     names = ImageNetInfo('imagenet-1k').label_names()
     index = {name: i for i, name in enumerate(names)}
     if model.num_classes != len(index) or variant not in PAPER_TOP1:
-        raise InputError(f'{variant} with {model.num_classes} classes is not in the paper; omit --validate')
+        raise InputError(f'{variant} with {plural(model.num_classes, "class")} is not in the paper; omit --validate')
     samples = [(path, index[name]) for path, name in ImageScan().classes(args.validate) if name in index]
     if not samples:
         raise InputError(f'{args.validate}: no images in class folders with ImageNet names (n01440764, …)')
     scores, _, unread = score_images(as_classifier(model, names, pick_device(args), args), samples, args)
     model.cpu()
     if unread:
-        raise InputError(f'{len(unread):,} of {len(samples):,} images cannot be read: '
+        raise InputError(f'{len(unread):,} of {plural(len(samples), "image")} cannot be read: '
                          + abbreviate(f'{path} ({why})' for path, _, why in unread))
     metrics = measure(scores)
     found = Accuracy(metrics['top1'], metrics['top5'], len(samples), PAPER_TOP1[variant])
-    print(f'{variant}: top-1 {found.top1:.2f} on {found.images:,} images, {found.paper} in the paper; '
+    print(f'{variant}: top-1 {found.top1:.2f} on {plural(found.images, "image")}, {found.paper} in the paper; '
           f'top-5 {found.top5:.2f}')
     return found
 
@@ -199,8 +199,8 @@ def prepare(args: argparse.Namespace) -> Tuple[Candidate, str]:
     cfg, classes = candidate.model.pretrained_cfg, candidate.model.num_classes
     repo_id = name_repository(cfg, args)
     if cfg['tag'] == AUTHORS_TAG and classes != 1000:
-        raise InputError(f'{candidate.source}: {classes} classes, but the tag {AUTHORS_TAG} is for the 1000 classes of '
-                         'ImageNet-1k; use another --tag')
+        raise InputError(f'{candidate.source}: {plural(classes, "class")}, but the tag {AUTHORS_TAG} is for the 1000 '
+                         'classes of ImageNet-1k; use another --tag')
     if args.validate:
         found = validate(candidate, args)
         if found.falls_short and not args.force:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch
 
+from .console import plural
 from .files import save_figure
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ def draw_mistakes(path: Path, paths: Sequence[str], scores: 'Scores', classes: S
     cols = min(cols, len(order))
     rows = math.ceil(len(order) / cols)
     figure = Figure(figsize=(max(2 * cols, 6), 2.6 * rows + 0.6), dpi=110, layout='constrained')
-    figure.suptitle(f'{correct.count(False):,} of {len(targets):,} images misclassified (red), then the least certain\n'
-                    'above: prediction and its probability; below: true class if misclassified', fontsize=12)
+    figure.suptitle(f'{correct.count(False):,} of {plural(len(targets), "image")} misclassified (red), then the least '
+                    'certain\nabove: prediction and its probability; below: true class if misclassified', fontsize=12)
     all_axes = figure.subplots(rows, cols, squeeze=False).ravel()
     for axes in all_axes:
         axes.set(xticks=[], yticks=[])

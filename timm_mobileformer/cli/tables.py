@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .columns import SAMPLE, Columns, ImageIndex
-from .console import InputError, abbreviate, missing, reason
+from .console import InputError, abbreviate, missing, plural, reason
 from .folders import Splits, natural_order, relative, split_of
 
 __all__ = ['read_labels']
@@ -77,7 +77,7 @@ def read_rows(file: Path, index: ImageIndex) -> Tuple[Any, List[str]]:
             lines[i], comments = '', comments + 1
         quotes += line.count('"')
     if comments:
-        remarks.append(f'{file}: {comments:,} lines that begin with # were skipped')
+        remarks.append(f'{file}: skipped {plural(comments, "line")} that began with #')
     start = next((i for i, line in enumerate(lines) if line.strip()), 0)
     if lines[start].strip().isdigit():
         raise InputError(f'the first line of {file} is only a number, {lines[start].strip()}, such as a count of rows; '
@@ -139,11 +139,11 @@ def read_labels(
         labels = rows[columns.labels[0]]
     unlabeled = labels.str.lower().isin(NO_LABEL)
     if unlabeled.any():
-        which = f'{unlabeled.sum():,} of {len(rows):,} rows in {file} have no label'
+        which = f'{unlabeled.sum():,} of {plural(len(rows), "row")} in {file} without a label'
         if not skip_unlabeled:
             raise InputError(f'{which}: {abbreviate(f"row {i}" for i in rows.index[unlabeled])}; use --skip-unlabeled '
                              'to skip them')
-        remarks.append(f'{which} and are skipped')
+        remarks.append(f'skipped {which}')
     rows, labels = rows[~unlabeled], labels[~unlabeled]
     check_single_label(file, labels)
 
@@ -163,15 +163,16 @@ def read_labels(
             if one != other:
                 raise InputError(f'{path} is both {one} and {other} in {file}, in rows {before[0]} and {row}')
     if len(seen) < len(paths):
-        remarks.append(f'{file}: {len(paths) - len(seen):,} rows repeat an image')
+        remarks.append(f'{file}: {plural(len(paths) - len(seen), "row")} with an image of another row')
     others = [(name, paths[0]) for name, paths in found.items()
               if os.path.normpath(paths[0]) not in [os.path.normpath(os.path.join(f, name)) for f in index.folders]]
     if others:
-        remarks.append(f'{file}: {len(others):,} names in the table differ from the paths of the images, such as '
+        remarks.append(f'{file}: {plural(len(others), "name")} other than the path of the image, such as '
                        f'{others[0][0]!r} for {others[0][1]}')
     classes = sorted(labels.unique(), key=natural_order)
     taken = [f'files in column {columns.quoted([columns.files])}',
-             f'labels in column {columns.quoted(columns.labels)}, {len(classes):,} classes: {abbreviate(classes)}']
+             f'labels in column {columns.quoted(columns.labels)}, {plural(len(classes), "class")}: '
+             + abbreviate(classes)]
     if split_by:
         taken.append(f'splits by {split_by}')
     if columns.unused:
@@ -200,5 +201,5 @@ def check_found(file: Path, root: Path, found: Dict[str, List[str]]) -> None:
         if len(paths) > 1:
             raise InputError(f'{name!r} in {file} matches several images: {abbreviate(paths)}')
     if absent := [name or 'an empty name' for name, paths in found.items() if not paths]:
-        raise InputError(f'{len(absent):,} of {len(found):,} files in {file} are neither in {root} nor beside the '
+        raise InputError(f'{len(absent):,} of {plural(len(found), "file")} in {file} neither in {root} nor beside the '
                          'table: ' + abbreviate(absent))

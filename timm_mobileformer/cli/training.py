@@ -25,7 +25,7 @@ from timm.utils import AverageMeter, random_seed
 from torch.optim.swa_utils import update_bn
 
 from .batches import make_loaders, set_batches
-from .console import InputError, progress, quote
+from .console import InputError, plural, progress, quote
 from .data import BAD_IMAGES, Data, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
@@ -58,7 +58,8 @@ def resumed_options(args: argparse.Namespace, state: Dict[str, Any]) -> argparse
     """
     named = {key: value for key, value in vars(args).items() if value is not None}
     if args.epochs and args.epochs < state['args']['epochs']:
-        raise InputError(f'the run in {args.resume} has {state["args"]["epochs"]} epochs; --epochs can only raise that')
+        raise InputError(f'the run in {args.resume} has {plural(state["args"]["epochs"], "epoch")}; --epochs can '
+                         'only raise that')
     return argparse.Namespace(
         **{**vars(args), **state['args'], **state['data_config'], **named, 'output': args.resume})
 
@@ -90,8 +91,9 @@ def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, dev
     """Print the model, the data set, the batches, and where training starts."""
     _, height, width = model.pretrained_cfg['input_size']
     print(f'{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, on {device}; '
-          f'{len(data.classes):,} classes, {len(data.train):,} training and {len(data.val):,} validation images, '
-          f'{height} × {width} pixels; {batches}' + (f'; {done} of {args.epochs} epochs are done' if done else ''))
+          f'{len(data.classes):,} classes, {len(data.train):,} training and {plural(len(data.val), "validation image")}'
+          f', {height} × {width} pixels; {batches}'
+          + (f'; {done} of {plural(args.epochs, "epoch")} done' if done else ''))
     if not (done or args.pretrained or args.checkpoint or find_model(args.model).startswith(HAVE_WEIGHTS)):
         print(f'{args.model} is trained from scratch, with random initial weights; to start from trained weights, add '
               '--checkpoint FILE or --pretrained, or name a folder with --model')
@@ -177,7 +179,7 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
     with progress(desc='training', total=args.epochs * len(loader), initial=len(history) * len(loader)) as bar:
         for epoch in range(len(history), args.epochs):
             if args.patience and history and epoch - 1 - best_epoch(history) >= args.patience:
-                bar.write(f'training stops early: no improvement in the last {args.patience} epochs')
+                bar.write(f'training stops early: no improvement in the last {plural(args.patience, "epoch")}')
                 break
             random_seed(int(np.random.SeedSequence((args.seed, epoch)).generate_state(1)[0]))
             loss = train_epoch(args, model, loader, optimizer, scheduler, epoch * len(loader), bar)
@@ -256,7 +258,7 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
     try:
         train(args, model, loaders, history, save, state and state['optimizer'])
     except (InputError, KeyboardInterrupt) as e:
-        hint = (f'; {len(history)} of {args.epochs} epochs are done, to continue: '
+        hint = (f'; {len(history)} of {plural(args.epochs, "epoch")} done, to continue: '
                 f'timm-mobileformer finetune --resume {quote(args.output)}')
         raise type(e)(f'{e}{hint}' if history else str(e)) from e
     model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # report on the saved weights
