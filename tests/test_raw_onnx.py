@@ -22,7 +22,8 @@ CONFIG = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 def photographs():
     temple, flower = datasets.load_sample_images().images
     gray = np.asarray(Image.fromarray(flower).convert('L').convert('RGB'))
-    return {'landscape': temple, 'portrait': temple[:, 100:300],
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    return {'noise': noise, 'landscape': temple, 'portrait': temple[:, 100:300],
             'panorama': flower[200:260], 'tower': flower[:, 300:331], 'gray': gray[:223, :224],
             'model size': temple[:96, :96], 'tiny': flower[200:209, 300:307], 'pixel': flower[200:201, 300:301]}
 
@@ -65,8 +66,10 @@ def test_preprocessing_is_that_of_timm(mode, interpolation, size, crop_pct, phot
         wanted = transform(Image.fromarray(pixels)).numpy()
         assert seen.shape == wanted.shape, name
         difference = 255 * np.abs(seen - wanted) * np.reshape(config['std'], (3, 1, 1))
-        # Pillow rounds to 0 ... 255 between its two passes, whose order depends on its version
-        assert difference.max() < (20 if interpolation == 'bicubic' else 1.1), name
+        # Pillow rounds to 0 ... 255 between its two passes, whose order depends on its version and the shape
+        is_tall = pixels.shape[0] > pixels.shape[1]
+        limit = 20 if interpolation == 'bicubic' and is_tall else 2 if name == 'noise' else 1
+        assert difference.max() < limit + 0.1, name
         assert difference.mean() < (0.5 if interpolation == 'bicubic' else 0.2), name
         if mode == 'border':
             assert min(top, left) <= 0.05 and max(bottom, right) >= 0.95, name
