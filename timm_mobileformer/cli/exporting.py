@@ -1,7 +1,5 @@
 """Export a model, verify the files against PyTorch, and write their metadata."""
 import argparse
-import hashlib
-import json
 import math
 import statistics
 import time
@@ -25,7 +23,7 @@ from .formats import FORMATS, Run, load_raw
 from .image_checks import check_images
 from .labelled import TrainingData, match_classes, training_data
 from .load import class_names, load_model, reading_options
-from .metadata import ExportMetadata, describe, to_pixels, write_metadata
+from .metadata import describe, fingerprint_weights, remove_outdated, to_pixels, write_metadata
 from .options import data_arguments
 from .raw_onnx import add_preprocessing, check_preprocessing
 from .run_state import claim
@@ -170,33 +168,6 @@ def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, 
             f'{same:.2f}' if inputs.calibration else '–', f'{(answers - wanted).abs().max().item():.1g}']
 
 
-def fingerprint_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of the parameters and buffers of a model."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
-
-
-def remove_others(folder: Path, about: ExportMetadata) -> List[str]:
-    """Remove files of the same architecture with other weights, preprocessing or input, and return their names."""
-    removed = []
-    for path in sorted(folder.glob(f'{about["architecture"]}.*.json')):
-        file = path.with_suffix('')
-        try:
-            found = json.loads(path.read_text())
-            is_other = found['input_name'] and any(
-                found.get(key) != json.loads(json.dumps(value)) for key, value in about.items() if key != 'input_shape')
-        except (ValueError, LookupError, TypeError):
-            continue  # not written by this command
-        if is_other:
-            for old in path, file, file.with_suffix('.bin'):  # OpenVINO's weights
-                if old.exists() and (old.suffix != '.bin' or file.suffix == '.xml'):
-                    old.unlink()
-            removed.append(file.name)
-    return removed
-
-
 def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[TrainingData]) -> int:
     runtime = find_runtime(args.runtime) if args.runtime else None
     model = load_model(args).eval()
@@ -250,7 +221,7 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
                 runs[form.title] = run
                 if name.endswith('int8'):
                     changes.append('{} lost, {} won in {}'.format(*count_changes(answers, wanted, targets), form.title))
-            removed += remove_others(args.output, about)
+            removed += remove_outdated(args.output, about)
         except Exception as e:  # exporters raise many types of errors
             failed.append(f'{name}: {reason(e, 300)}')
 

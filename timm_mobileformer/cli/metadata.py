@@ -3,6 +3,7 @@
 They are stored in a JSON file next to each exported file and in the metadata of ONNX files. The keys are those of timm
 where they exist: `architecture`, `input_size`, `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std`, `label_names`.
 """
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -16,8 +17,8 @@ from .console import InputError, abbreviate
 from .load import reading_options
 
 __all__ = [
-    'PREPROCESSING', 'ExportMetadata', 'describe', 'is_raw', 'make_transform', 'read_metadata', 'to_pixels',
-    'write_metadata']
+    'PREPROCESSING', 'ExportMetadata', 'describe', 'fingerprint_weights', 'is_raw', 'make_transform', 'read_metadata',
+    'remove_outdated', 'to_pixels', 'write_metadata']
 
 ExportMetadata = Dict[str, Any]
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
@@ -53,6 +54,14 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
     }
 
 
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Return the SHA-256 of the parameters and buffers of a model."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
 def write_metadata(about: ExportMetadata, path: Path) -> None:
     """Write metadata to `NAME.json` next to the exported file `NAME` and, for ONNX, to the file itself."""
     lines = (f'  {json.dumps(key)}: {json.dumps(value)}' for key, value in about.items())
@@ -63,6 +72,25 @@ def write_metadata(about: ExportMetadata, path: Path) -> None:
         file = onnx.load(path)
         onnx.helper.set_model_props(file, {key: json.dumps(value) for key, value in about.items()})
         onnx.save(file, path)
+
+
+def remove_outdated(folder: Path, about: ExportMetadata) -> List[str]:
+    """Remove files of the same architecture with other weights, preprocessing or input, and return their names."""
+    removed = []
+    for path in sorted(folder.glob(f'{about["architecture"]}.*.json')):
+        file = path.with_suffix('')
+        try:
+            found = json.loads(path.read_text())
+            is_other = found['input_name'] and any(
+                found.get(key) != json.loads(json.dumps(value)) for key, value in about.items() if key != 'input_shape')
+        except (ValueError, LookupError, TypeError):
+            continue  # not written by this command
+        if is_other:
+            for old in path, file, file.with_suffix('.bin'):  # OpenVINO's weights
+                if old.exists() and (old.suffix != '.bin' or file.suffix == '.xml'):
+                    old.unlink()
+            removed.append(file.name)
+    return removed
 
 
 def read_metadata(metadata: Dict[str, str], path: Path) -> ExportMetadata:
