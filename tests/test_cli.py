@@ -26,6 +26,7 @@ from timm_mobileformer.cli import console, main, options
 from timm_mobileformer.cli.console import InputError, progress
 from timm_mobileformer.cli.files import atomic_dir
 from timm_mobileformer.cli.load import class_names, load_model
+from timm_mobileformer.cli.run_state import claim
 
 SUBCOMMANDS = {
     'benchmark', 'evaluate', 'export', 'finetune', 'models', 'predict', 'publish', 'recipe', 'tokens', 'weights'}
@@ -311,6 +312,21 @@ def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_sa
     refusal = r'folder/b cannot be written to \(File exists\)'
     with pytest.raises(InputError, match=refusal), atomic_dir(folder / 'b'):
         pass
+
+
+@pytest.mark.parametrize('args', [
+    ('export', 'onnx', '--model', 'test_mobileformer', '--checkpoint', 'FILE'),
+    ('evaluate', '--model', 'test_mobileformer', '--checkpoint', 'FILE', '--data-dir', '.'),
+    ('benchmark', '--model', 'test_mobileformer')])
+def test_files_that_belong_together_are_of_one_command_since_a_second_is_refused(args, tmp_path, capsys, monkeypatch):
+    if args[0] == 'export':
+        pytest.importorskip('onnxscript')
+    monkeypatch.chdir(tmp_path)
+    Path('FILE').touch()
+    with claim(Path('out')):
+        assert refused(capsys, *args, '--output', 'out') == (
+            'another run is writing to out; name another folder with --output')
+    assert os.listdir() == ['FILE']
 
 
 def test_two_that_write_into_one_folder_at_once_publish_their_own_files_and_complete(tmp_path):

@@ -32,6 +32,7 @@ from .files import atomic_dir
 from .heap import keep_heap
 from .load import find_model, known_config, model_args, pick_device
 from .published import PEERS, published
+from .run_state import claim
 
 __all__ = ['run']
 
@@ -240,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
         versions += f', ONNX Runtime {onnxruntime.__version__}'
     maps = 'float32, channels-last' if args.channels_last else 'float32'
     heading = f'{describe(device, args.threads)}; batch of {args.batch_size}, {maps}; {versions}; {date.today()}'
-    with atomic_dir(args.output) as folder:
+    with claim(args.output), atomic_dir(args.output) as folder:
         rows: List[Row] = []
         for name in progress(names, 'preparing', unit='model'):
             try:
