@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -327,6 +328,24 @@ def test_files_that_belong_together_are_of_one_command_since_a_second_is_refused
         assert refused(capsys, *args, '--output', 'out') == (
             'another run is writing to out; name another folder with --output')
     assert os.listdir() == ['FILE']
+
+
+def test_remains_of_a_killed_process_are_removed_and_what_another_is_writing_is_kept(tmp_path):
+    def age(*paths):
+        for path in paths:
+            os.utime(path, (time.time() - 4000, time.time() - 4000))
+
+    killed = tmp_path / '.killed.unfinished'
+    killed.mkdir()
+    (killed / 'model').touch()
+    age(killed / 'model', killed)
+    with atomic_dir(tmp_path) as slow:
+        (slow / 'table.csv').touch()  # such as `predict --output` on many images, which adds to it all the time
+        age(slow)
+        with claim(tmp_path):
+            assert not killed.exists()
+        assert slow.exists()
+    assert os.listdir(tmp_path) == ['table.csv']
 
 
 def test_two_that_write_into_one_folder_at_once_publish_their_own_files_and_complete(tmp_path):

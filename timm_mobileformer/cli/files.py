@@ -3,6 +3,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Iterator
 
 from .console import InputError, progress
 
-__all__ = ['save_figure', 'sha256', 'atomic_dir']
+__all__ = ['atomic_dir', 'remove_unfinished', 'save_figure', 'sha256']
 
 
 @contextmanager
@@ -46,6 +47,15 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         if is_new:
             with suppress(OSError):  # folder is not empty
                 folder.rmdir()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove temporary folders of `atomic_dir` that were left by killed processes: those unchanged for an hour."""
+    for unfinished in folder.glob('.*.unfinished'):
+        with suppress(OSError):  # moved into place in the meantime
+            changed = max(path.stat().st_mtime for path in [unfinished, *unfinished.iterdir()])
+            if time.time() - changed > 3600:
+                shutil.rmtree(unfinished)
 
 
 def sha256(path: Path) -> str:

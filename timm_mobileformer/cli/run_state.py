@@ -1,8 +1,6 @@
 """Output folder of a fine-tuning run: locking, saving after every epoch, and resuming."""
 import argparse
 import hashlib
-import shutil
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator
@@ -15,7 +13,7 @@ from timm.utils import update_summary
 
 from .console import InputError, quote, reason
 from .data import BAD_IMAGES, Data
-from .files import atomic_dir
+from .files import atomic_dir, remove_unfinished
 from .folders import relative
 from .metadata import PREPROCESSING
 from .report import History, best_epoch
@@ -46,10 +44,8 @@ def claim(folder: Path) -> Iterator[None]:
         raise InputError(f'{folder} is a file; name a folder with --output') from e
     except OSError as e:
         raise InputError(f'{folder} cannot be written to ({e.strerror}); name another with --output') from e
-    for unfinished in folder.glob('.*.unfinished'):  # from a run that was killed
-        if time.time() - unfinished.stat().st_mtime > 3600:  # not from a command that is still writing
-            shutil.rmtree(unfinished, ignore_errors=True)
     try:
+        remove_unfinished(folder)
         yield
     finally:
         (folder / '.lock').unlink(missing_ok=True)
