@@ -104,6 +104,12 @@ def test_a_table_and_nothing_else_is_written_whatever_it_is_called(run, work):
     assert {path.name for path in work.iterdir()} == {'.table', 'photos', 'weights.pth'}
 
 
+def test_a_name_that_is_not_utf_8_is_written_as_it_is(run, tmp_path):
+    (tmp_path / os.fsdecode(b'caf\xe9.png')).touch()
+    assert run(tmp_path, '--output', tmp_path / 'table.csv')[0] == 1
+    assert b'/caf\xe9.png,,,' in (tmp_path / 'table.csv').read_bytes()
+
+
 def test_classes_have_the_names_of_a_file(run, tmp_path):
     (tmp_path / 'names.txt').write_text('Ameise\nBiene\nKuh\nSchaf\n')
     _, rows, _ = run('photos/rotated.jpg', '--class-map', tmp_path / 'names.txt', '--topk', 4)

@@ -7,11 +7,11 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, TextIO
 
 from .console import InputError, progress
 
-__all__ = ['atomic_dir', 'remove_unfinished', 'save_figure', 'sha256']
+__all__ = ['atomic_dir', 'open_csv', 'remove_unfinished', 'save_figure', 'sha256']
 
 
 @contextmanager
@@ -56,6 +56,11 @@ def remove_unfinished(folder: Path) -> None:
             changed = max(path.stat().st_mtime for path in [unfinished, *unfinished.iterdir()])
             if time.time() - changed > 3600:
                 shutil.rmtree(unfinished)
+
+
+def open_csv(path: Path) -> TextIO:
+    """Open a file for `csv.writer`; names of files that are not valid UTF-8 are written as they are."""
+    return path.open('w', newline='', encoding='utf-8', errors='surrogateescape')
 
 
 def sha256(path: Path) -> str:

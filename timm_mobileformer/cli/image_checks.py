@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .console import InputError, abbreviate, plural, progress
+from .files import open_csv
 from .images import TRUNCATED, decode, is_16_bit, max_of_bit_depth, use_image
 
 __all__ = ['check_images', 'try_to_read']
@@ -88,7 +89,7 @@ def check_images(
     where = ''
     if bad and listing:
         listing.parent.mkdir(parents=True, exist_ok=True)
-        with listing.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        with open_csv(listing) as file:
             csv.writer(file).writerows([('path', 'problem'), *bad.items()])
         where = f'; {listing} lists all of them, --skip-bad-images leaves them out'
     if bad and not skip_bad:

@@ -9,7 +9,7 @@ from typing import Any, Iterator, List, TextIO
 from .classifier import open_classifier
 from .console import InputError, abbreviate, plural, printable
 from .data import ImageScan
-from .files import atomic_dir
+from .files import atomic_dir, open_csv
 from .heap import keep_heap
 
 __all__ = ['run']
@@ -21,8 +21,7 @@ def open_table(path: Any) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    with atomic_dir(path.parent) as folder, open(
-            folder / path.name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+    with atomic_dir(path.parent) as folder, open_csv(folder / path.name) as file:
         yield file
 
 

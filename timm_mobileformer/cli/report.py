@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .console import abbreviate
-from .files import atomic_dir
+from .files import atomic_dir, open_csv
 from .folders import relative
 from .report_figures import draw_confusion, draw_mistakes
 
@@ -162,7 +162,7 @@ def write_report(
         'mistakes.csv': [header, *(row[:4] for row in mistakes)]}
     with atomic_dir(output) as folder:
         for name, table in tables.items():
-            with open(folder / name, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            with open_csv(folder / name) as file:
                 csv.writer(file).writerows(table)
         (folder / 'metrics.json').write_text(json.dumps(measure(scores), indent=2) + '\n', encoding='ascii')
         if importlib.util.find_spec('matplotlib'):
