@@ -2,6 +2,7 @@
 import csv
 import io
 import os
+import re
 import resource
 
 import pytest
@@ -69,6 +70,13 @@ def test_every_picture_in_a_folder_gets_a_row_also_one_that_cannot_be_read(run, 
         assert [row['probability'], row['probability2']] == [f'{v:.4f}' for v in p]
 
 
+def test_the_help_names_the_columns_of_the_table(run, capsys):
+    _, rows, _ = run('photos', '--topk', 2)
+    with pytest.raises(SystemExit):
+        main(['predict', '--help'])
+    assert {*rows[0]} <= {*re.findall(r'\w+', capsys.readouterr().out)}
+
+
 def test_it_is_the_same_whatever_the_batch_and_where_the_table_goes(run, tmp_path):
     files = ['photos/rotated.jpg', 'photos']
     status, rows, _ = run(*files, '--batch-size', 1)
@@ -119,7 +127,7 @@ def test_classes_have_the_names_of_a_file(run, tmp_path):
 @pytest.mark.parametrize('args, problem', [
     (['missing.jpg'], 'no such image or folder: missing.jpg'),
     (['photos/.hidden/none', 'photos'], 'no such image or folder: photos/.hidden/none'),
-    (['photos', '--topk', '5'], '--topk 5: test_mobileformer has 4 classes'),
+    (['photos', '--topk', '5'], '--topk: must be at most 4, the number of classes of test_mobileformer, not 5'),
     (['photos', '--topk', '0'], '--topk: must be at least 1, not 0; see timm-mobileformer predict --help'),
     (['photos/rotated.jpg', '--output', 'photos/rotated.jpg'], '--output would overwrite photos/rotated.jpg'),
     (['photos', '--output', '/dev/null'], '--output would overwrite /dev/null'),

@@ -19,7 +19,9 @@ WORK = 'prediction'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = 'Classify images, and write a CSV table of paths, labels and probabilities.'
+    parser.description = (
+        'Classify images, and write a CSV table with the columns path, label, probability and problem. The problem is\n'
+        'the error of an image that cannot be read; other images have none.')
     parser.add_argument('images', metavar='PATH', type=Path, nargs='+',
                         help='image, or folder to search recursively')
     model_options(parser, required=True, note=', or an ONNX file written by export')

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     classifier = open_classifier(args)
     names = classifier.label_names
     if args.topk > len(names):
-        raise InputError(f'--topk {args.topk}: {args.model} has {len(names):,} classes')
+        raise InputError(f'--topk: must be at most {len(names):,}, the number of classes of {args.model}, not '
+                         f'{args.topk}')
     unread = 0
     with open_table(args.output) as file:
         table = csv.writer(file, lineterminator='\n')
