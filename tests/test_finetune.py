@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -219,7 +220,11 @@ def test_interrupted_and_resumed_it_comes_to_the_same_result_to_the_bit(tmp_path
     assert len(top1_by_epoch(part)) == 1
 
     assert not run_here('--resume', part)
-    assert top1_printed(capsys.readouterr().out) == top1_printed(once)
+    again = capsys.readouterr().out
+    assert top1_printed(again) == top1_printed(once)
+    for line, subcommand in zip(again.splitlines()[-2:], ('predict', 'export'), strict=True):
+        _, name, *_, model = shlex.split(line.partition(': ')[2])
+        assert (name, model) == (subcommand, str(part))
     assert {f.name for f in part.iterdir()} == FILES
     for name in FILES - {'last.pth.tar'}:
         assert (part / name).read_bytes() == (tmp_path / 'atomic_dir' / name).read_bytes(), name

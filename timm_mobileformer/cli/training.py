@@ -263,7 +263,9 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
         raise type(e)(f'{e}{hint}' if history else str(e)) from e
     model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # report on the saved weights
     report(args, root, data, model, history)
-    print(f"load the model with timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True)")
+    print(f"to load the model: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True)")
+    print(f'to classify images: timm-mobileformer predict IMAGES --model {quote(args.output)}')
+    print(f'to export the model: timm-mobileformer export all --model {quote(args.output)}')
 
 
 def run(args: argparse.Namespace) -> None:
