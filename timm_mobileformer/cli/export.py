@@ -41,26 +41,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('formats', nargs='+', choices=[*FORMATS, 'all'], metavar='FORMAT',
                         help=f'{", ".join(FORMATS)}, or all, for every format whose packages are installed; web is a '
                              'web page and is exported to its own folder')
-    model_options(parser, 'output/finetune', note=' (default: output/finetune)')
-    class_map_option(parser)
-    parser.add_argument('--raw', action='store_true',
-                        help='include the preprocessing in ONNX files: their input is one decoded RGB image of any '
-                             'size, uint8 (height, width, 3), their output probabilities')
-    data_options(parser, "the training data of a finetuned model, if it still exists")
-    parser.add_argument('--images', metavar='PATH', type=Path, nargs='+',
-                        help='unlabelled images, or folders of images, to use instead')
-    parser.add_argument('--runtime', type=existing_folder, metavar='DIR',
-                        help='npm package onnxruntime-web, to copy into the web page (default: the page loads it from '
-                             'a CDN)')
     parser.add_argument('--output', type=Path, metavar='DIR',
                         help='output folder (default: output/export, or output/web for web)')
-    parser.add_argument('--opset', type=at_least(18), metavar='N',
-                        help='ONNX opset version, 18 or later (default: that of the PyTorch exporter)')
-    parser.add_argument('--max-drop', type=float, metavar='P',
-                        help='allowed loss of top-1 accuracy in int8, in percentage points, in addition to one '
-                             'standard error (default: 1)')
     threads_option(parser)
     workers_option(parser)
+
+    group = parser.add_argument_group('model')
+    model_options(group, 'output/finetune', note=' (default: output/finetune)')
+    class_map_option(group)
+
+    group = parser.add_argument_group('data for verification and int8 calibration')
+    data_options(group, "the training data of a finetuned model, if it still exists")
+    group.add_argument('--images', metavar='PATH', type=Path, nargs='+',
+                       help='unlabelled images, or folders of images, to use instead')
+
+    group = parser.add_argument_group('onnx and onnx-int8')
+    group.add_argument('--raw', action='store_true',
+                       help='include the preprocessing in ONNX files: their input is one decoded RGB image of any '
+                            'size, uint8 (height, width, 3), their output probabilities')
+    group.add_argument('--opset', type=at_least(18), metavar='N',
+                       help='ONNX opset version, 18 or later (default: that of the PyTorch exporter)')
+
+    group = parser.add_argument_group('onnx-int8 and executorch-int8')
+    group.add_argument('--max-drop', type=float, metavar='P',
+                       help='allowed loss of top-1 accuracy in int8, in percentage points, in addition to one '
+                            'standard error (default: 1)')
+
+    group = parser.add_argument_group('web')
+    group.add_argument('--runtime', type=existing_folder, metavar='DIR',
+                       help='npm package onnxruntime-web, to copy into the web page (default: the page loads it from '
+                            'a CDN)')
 
 
 def resolve_options(args: argparse.Namespace) -> None:
