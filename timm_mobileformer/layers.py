@@ -8,13 +8,22 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 __all__ = [
     'ChannelShuffle', 'ConvNorm', 'DepthwiseConv2d', 'LinearNorm', 'check_foldable', 'depthwise_conv2d',
-    'is_tracing_or_compiling']
+    'is_in_torch_compile', 'is_tracing_or_compiling']
+
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # torch 2.6 cannot tell them apart
 
 
 def is_tracing_or_compiling() -> bool:
     """Whether the model is being compiled, exported or traced, for which plain operators are best."""
     if not torch.jit.is_scripting():
         return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return False
+
+
+def is_in_torch_compile() -> bool:
+    """Whether `torch.compile` compiles the model, and nothing exports it."""
+    if not torch.jit.is_scripting():
+        return torch.compiler.is_compiling() and not _is_exporting()
     return False
 
 
