@@ -81,6 +81,7 @@ def test_one_hot_columns_may_be_named_like_their_values(root, names, values):
 
 @pytest.mark.parametrize('text', [
     table(('Filepath', FILES), SPLIT, ('Class Name', LABELS)),
+    table(FILE, LABEL, ('set', 'test'), ('fold', ['train'] * 3 + ['val'] * 3)),
     table(FILE, ('x', LABELS), ('subset', ['training'] * 3 + ['validation'] * 3)),
     table(('label', LABELS), ('partition', ['TRAIN'] * 3 + ['test'] * 3), ('name', FILES), ('y', 1)),
 ])
@@ -213,6 +214,7 @@ def test_class_folders_take_precedence_over_a_table_that_is_not_named(tmp_path):
      '3 of 6 rows in {file} without a label: row 3, row 5, row 7'),
     (table(FILE, LABEL) + '\n\n,c\n', '1 of 7 files in {file} neither'),
     ('ant.png,a\nbee.png,b\ngnat.png,a\n', 'of 3 files in {file} neither in {root} nor beside the table: gnat.png'),
+    ('猫,a\nant,a\nbee,b\n', '1 of 3 files in {file} neither in {root} nor beside the table: 猫'),
     ('gnat,a\nant,a\nbee,b\n', '1 of 3 files in {file} neither in {root} nor beside the table: gnat'),
     (table(('file', ['twin'] + FILES[1:]), LABEL),
      "'twin' in {file} matches several images: {root}/one/twin.png, {root}/two/twin"),

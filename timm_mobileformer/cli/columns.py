@@ -13,7 +13,7 @@ from .images import SUFFIXES
 __all__ = ['SAMPLE', 'Columns', 'ImageIndex']
 
 # Usual names of columns, reduced to lower-case letters and digits
-FILES = re.compile(r'(image|img|picture|photo)?s?(file|path|filename|filepath|fname|name|id)?s?')
+FILES = re.compile(r'(?=.)(image|img|picture|photo)?s?(file|path|filename|filepath|fname|name|id)?s?')
 LABELS = re.compile(r'(label|class|target|category|species|breed|diagnosis)(e?s|name|label)?')
 LABEL_IDS = re.compile(r'(label|class|target|category)(id|index|idx|number|no|code)')
 SPLITS = re.compile(r'(data)?(split|subset|set|partition)')
@@ -148,17 +148,19 @@ class Columns:
     def choose_split(self, columns: Sequence[int]) -> Optional[int]:
         """Choose the column whose values are usual names of train, val and test, if there is one.
 
-        Without train, as in a table of a test set, the column must have a usual name, too.
+        Without train, as in a table of a test set, the column must have a usual name and be the only one.
         """
-        found = []
+        found, without_train = [], []
         for c in columns:
             values = [split_of(value) for value in self.rows[c].unique()]
-            if all(values) and ('train' in values or self.usual(SPLITS, [c])):
+            if 'train' in values and all(values):
                 found.append(c)
+            elif all(values) and self.usual(SPLITS, [c]):
+                without_train.append(c)
             elif any(values) and self.usual(SPLITS, [c]):
                 raise InputError(f'column `{self.names[c]}` of {self.file} must be train, val or test in every row; it '
                                  f'has {abbreviate(map(repr, self.rows[c].unique()))}')
-        found = self.usual(SPLITS, found) or found
+        found = self.usual(SPLITS, found) or found or without_train
         if len(found) > 1:
             raise InputError(f'{self.file} has several columns of splits, {self.quoted(found)}; remove all but one')
         return found[0] if found else None
