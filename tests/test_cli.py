@@ -250,9 +250,10 @@ def test_it_works_without_a_home_and_where_nothing_can_be_written(tmp_path, monk
 
 
 def test_a_number_is_followed_by_the_right_form_of_its_noun():
-    counts = (0, 'image'), (1, 'image'), (1000, 'image'), (1, 'validation batch'), (2, 'validation batch'), (3, 'class')
+    counts = ((0, 'image'), (1, 'image'), (1, 'validation batch'), (2, 'validation batch'), (3, 'class'),
+              (1000, 'epoch'))
     assert [console.plural(*count) for count in counts] == [
-        '0 images', '1 image', '1,000 images', '1 validation batch', '2 validation batches', '3 classes']
+        '0 images', '1 image', '1 validation batch', '2 validation batches', '3 classes', '1,000 epochs']
 
 
 @pytest.mark.parametrize('is_terminal, seconds, shown', [

@@ -48,8 +48,8 @@ def abbreviate(names: Iterable[Any], limit: int = 5) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 image`, `1,000 images`, `0 batches`."""
-    ending = '' if number == 1 else 'es' if noun.endswith(('ch', 's')) else 's'
+    """Return a number with its noun: `1 image`, `1,000 epochs`, `0 batches`."""
+    ending = '' if number == 1 else 'es' if noun.endswith(('tch', 's')) else 's'
     return f'{number:,} {noun}{ending}'
 
 
