@@ -53,7 +53,7 @@ def find_images(args: argparse.Namespace, root: Path) -> Tuple[Labelled, str]:
 
 def find_unseen_images(args: argparse.Namespace, root: Path, trained: Optional[TrainingData]) -> Tuple[Labelled, str]:
     """Find images like `find_images`; in the data set of a finetuned model, those that it was not trained on."""
-    if data := trained and trained.agrees(args) and trained.open(root):
+    if data := trained and trained.open(root, args):
         images, what = (data.test, 'test set') if data.test else (data.val, 'validation set of the training')
         return [(path, data.classes[target]) for path, target in images.samples], what
     found = find_images(args, root)

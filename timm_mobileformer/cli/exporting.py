@@ -77,7 +77,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
             device=torch.device('cpu'), **data_config)
 
     if root:
-        data = trained and trained.agrees(args) and trained.open(root)
+        data = trained and trained.open(root, args)
         if trained and not data:
             print('the images or their options are not those of training: validation images may have been used for '
                   'training')

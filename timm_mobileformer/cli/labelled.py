@@ -8,7 +8,7 @@ from timm.data import DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subse
 
 from .console import InputError, abbreviate
 from .data import Data, open_data
-from .options import DATA_OPTIONS
+from .options import DATA_OPTIONS, data_arguments
 from .run_state import fingerprint, read_state
 
 __all__ = ['TrainingData', 'match_classes', 'training_data']
@@ -36,16 +36,18 @@ class TrainingData(NamedTuple):
         options = {**self.arguments, 'skip_bad_images': self.skip_bad_images}
         vars(args).update({key: value for key, value in options.items() if getattr(args, key, None) is None})
 
-    def agrees(self, args: argparse.Namespace) -> bool:
-        """Return whether the data options that were given are those of the training."""
+    def open(self, root: Path, args: argparse.Namespace) -> Optional[Data]:
+        """Open a folder as in training.
+
+        Returns:
+            The data set; None if data options were given that are not those of the training, or if the folder does not
+            hold the images that the model was trained on.
+        """
         def resolve(value: Any) -> Any:
             return value.resolve() if isinstance(value, Path) else value
 
-        given = {key: value for key in DATA_OPTIONS if (value := getattr(args, key, None)) is not None}
-        return all(resolve(value) == resolve(self.arguments.get(key)) for key, value in given.items())
-
-    def open(self, root: Path) -> Optional[Data]:
-        """Open a folder as in training; None if it does not hold the images that the model was trained on."""
+        if any(resolve(value) != resolve(self.arguments.get(key)) for key, value in data_arguments(args).items()):
+            return None
         try:
             data = open_data(root, **self.arguments)
         except InputError:
