@@ -79,7 +79,7 @@ def find_weights(variant: str, repository: Optional[str], cache_dir: Any = None)
             _logger.info(f'{variant}: loading weights from the Hugging Face repository {repository}; '
                          'the authors state no licence for them')
             return file
-        except _HUB_ERRORS + _XET_ERRORS as e:
+        except Exception as e:
             if not _is_hub_error(e):
                 raise
             tried[_name(repository)] = why(e)
