@@ -277,14 +277,43 @@ def test_page_fits_into_every_window(page, photos, tmp_path):
 
 
 def test_runtime_that_is_not_the_pinned_one_is_not_run(page, site):
-    wasm = site[0] / 'ort-wasm-simd-threaded.wasm'
-    content = wasm.read_bytes()
-    try:
-        wasm.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        page.refresh()
+    class Tampered(Quiet):
+        def copyfile(self, source, output):
+            content = source.read()
+            output.write(content[:-1] + bytes([content[-1] ^ self.path.endswith('.wasm')]))
+
+    home = page.current_url
+    with serve(site[0], Tampered) as url:
+        page.get(url)
         assert 'ort-wasm-simd-threaded.wasm does not match the expected hash' in complaint(page)
-    finally:
-        wasm.write_bytes(content)
+    page.get(home)
+
+
+def test_model_that_is_exported_again_is_loaded_although_the_cached_one_has_not_expired(page, site):
+    about = {'architecture': 'test_mobileformer'}
+
+    class Patient(Quiet):
+        """Lets files be cached for an hour, as web servers do."""
+
+        def end_headers(self):
+            self.send_header('Cache-Control', 'max-age=3600')
+            super().end_headers()
+
+        def do_GET(self):
+            if self.path == '/model.onnx.json':
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps(about).encode())
+            else:
+                super().do_GET()
+
+    home = page.current_url
+    with serve(site[0], Patient) as url:
+        for names in ['cat', 'dog'], ['cat', 'dog', 'horse']:
+            about['label_names'] = names
+            page.get(url)
+            wait_for(page, f"document.getElementById('status').textContent.endsWith('is ready: {len(names)} classes.')")
+    page.get(home)
 
 
 def test_lost_connection_is_one_sentence_and_ends_the_other_downloads(page, site):

@@ -27,7 +27,9 @@ async function download(url, [size, integrity] = [0, '']) {
   const canHash = globalThis.crypto?.subtle;  // unavailable without HTTPS; the browser then verifies the hash itself
   const chunks = [];
   try {
-    const response = await fetch(url, {signal: loading.signal, ...canHash ? {} : {integrity}});
+    const response = await fetch(url, {  // no-cache: a cached file is used only if the server confirms it as current
+      cache: 'no-cache', signal: loading.signal, ...canHash ? {} : {integrity},
+    });
     if (!response.ok) throw new Error(response.status);
     progress.max += size || Number(response.headers.get('content-length'));
     const reader = response.body.getReader();
