@@ -79,16 +79,22 @@ def profile_transform(profile: bytes, mode: str) -> Optional[ImageCms.ImageCmsTr
     return transform if np.abs(changes).max() > 1 else None
 
 
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Return `image.convert(mode)`, or the image itself instead of a copy if it has this mode."""
+    return image if image.mode == mode else image.convert(mode)
+
+
 def to_srgb(image: Image.Image, profile: Optional[bytes]) -> Image.Image:
     """Convert an image to RGB by its ICC profile; the alpha channel is dropped."""
     mode = {'1': 'L', 'L': 'L', 'LA': 'L', 'CMYK': 'CMYK', 'LAB': 'LAB'}.get(image.mode, 'RGB')
     transform = profile_transform(profile, mode) if profile else None
-    image = image.convert(mode)
-    return transform.apply(image) if transform else image.convert('RGB')
+    image = convert(image, mode)
+    return transform.apply(image) if transform else convert(image, 'RGB')
 
 
 def decode(image: Image.Image, mode: str = 'RGB', white_level: Optional[int] = None) -> Image.Image:
-    """Decode an open image; see `read_image`."""
+    """Decode an open image, in place where possible; see `read_image`."""
+    image.load()  # the file may be closed afterwards
     ImageOps.exif_transpose(image, in_place=True)
     profile = image.info.get('icc_profile')
     if image.mode[0] in 'IF':
@@ -98,7 +104,7 @@ def decode(image: Image.Image, mode: str = 'RGB', white_level: Optional[int] = N
     if alpha:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert(mode)
+    return convert(image, mode)
 
 
 def complete_jpeg(path: Union[str, Path]) -> Optional[Image.Image]:
