@@ -1,18 +1,19 @@
 """Batches of the training set and of the validation set."""
 import argparse
 import math
+import random
 from typing import Any, Iterator, List, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
-from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from .console import InputError, plural
 from .data import Data
 
-__all__ = ['CachedBatches', 'EvenBatches', 'make_loaders', 'set_batches']
+__all__ = ['CachedBatches', 'EvenBatches', 'epoch_seed', 'make_loaders', 'set_batches']
 
 MIN_BATCHES = 20  # per epoch
 
@@ -37,6 +38,11 @@ def set_batches(args: argparse.Namespace, num_images: int) -> str:
     return f'an epoch is {passes} in {plural(num_batches, "batch")} of up to {args.batch_size}'
 
 
+def epoch_seed(args: argparse.Namespace, epoch: int) -> int:
+    """Return the random seed of an epoch of the run."""
+    return int(np.random.SeedSequence((args.seed, epoch)).generate_state(1)[0])
+
+
 class EvenBatches(Sampler):
     """Batch sampler that distributes all indices over batches whose sizes differ by one at most.
 
@@ -56,6 +62,48 @@ class EvenBatches(Sampler):
 
     def __len__(self) -> int:
         return self.num_batches
+
+
+class EpochBatches(Sampler):
+    """Batch sampler that repeats another one for several epochs, so that workers read on between epochs.
+
+    Args:
+        batches: Batch sampler of one epoch, which draws from `generator`.
+        generator: Random number generator.
+        seeds: Seed of each epoch.
+    """
+
+    def __init__(self, batches: EvenBatches, generator: torch.Generator, seeds: List[int]) -> None:
+        self.batches = batches
+        self.generator = generator
+        self.seeds = seeds
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        """Yield batches of pairs of an index and a random seed, see `SeededImages`."""
+        for seed in self.seeds:
+            self.generator.manual_seed(seed)
+            for batch in self.batches:
+                seeds = torch.randint(2 ** 32, (len(batch),), generator=self.generator)
+                yield list(zip(batch, seeds.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        """Return the number of batches in one epoch."""
+        return len(self.batches)
+
+
+class SeededImages(Dataset):
+    """Dataset that transforms every image with its own random seed, so that images do not depend on the workers."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __getitem__(self, key: Tuple[int, int]) -> Any:
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            return self.images[index]
 
 
 class CachedBatches:
@@ -91,10 +139,19 @@ class CachedBatches:
         return len(self.loader)
 
 
-def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device) -> Tuple[Any, Any]:
+def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device,
+                 done: int = 0) -> Tuple[Any, Any]:
     """Create the loaders of the training set and of the validation set.
 
-    Workers are started anew in every epoch, so that their seeds follow from that of the epoch.
+    The first yields the batches of all epochs in turn; its length is that of one epoch. The batches do not depend on
+    the number of workers, nor on how many epochs were done before.
+
+    Args:
+        args: Options of the run.
+        data: Data set.
+        model: Model whose `pretrained_cfg` has the preprocessing.
+        device: Device of the batches.
+        done: Number of epochs that are done already.
 
     Raises:
         InputError: timm does not know the AutoAugment policy `--aa`.
@@ -108,14 +165,16 @@ def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device:
             **settings)
     except AssertionError as e:  # from timm, for an unknown policy
         raise InputError(f'--aa {args.aa}: {e}') from e
-    num_samples = args.epoch_repeats * len(data.train)
-    sampler: Any = RandomSampler(data.train, num_samples=num_samples)
+    num_samples, generator = args.epoch_repeats * len(data.train), torch.Generator()
+    sampler: Any = RandomSampler(data.train, num_samples=num_samples, generator=generator)
     if args.balanced:
         targets = torch.tensor([target for _, target in data.train.samples])
-        sampler = WeightedRandomSampler((1 / targets.bincount())[targets].tolist(), num_samples)
+        weights = (1 / targets.bincount())[targets].tolist()
+        sampler = WeightedRandomSampler(weights, num_samples, generator=generator)
+    seeds = [epoch_seed(args, epoch) for epoch in range(done, args.epochs)]
     train.loader = DataLoader(  # like timm's, which would drop the last batch
-        data.train, batch_sampler=EvenBatches(sampler, args.batch_size), num_workers=args.workers,
-        collate_fn=train.loader.collate_fn, worker_init_fn=train.loader.worker_init_fn)
+        SeededImages(data.train), batch_sampler=EpochBatches(EvenBatches(sampler, args.batch_size), generator, seeds),
+        num_workers=args.workers, collate_fn=train.loader.collate_fn, generator=generator)
     val: Any = create_loader(
         data.val, batch_size=args.batch_size, **settings)  # type: ignore[arg-type]
     val.loader = CachedBatches(val.loader)  # images in uint8, not normalized yet

@@ -1,8 +1,8 @@
 """Fine-tune a Mobile-Former, or any timm model, on a folder of images or on the handwritten digits of scikit-learn.
 
-Runs are reproducible: on a CPU with the same number of threads and workers, the same seed gives the same result bit for
-bit, whether or not the run was interrupted and resumed. To this end every epoch sets its own seed, and depends only on
-the weights, the state of the optimizer and the metrics of the epochs before.
+Runs are reproducible: on a CPU with the same number of threads, the same seed gives the same result bit for bit,
+whatever the number of workers, and whether or not the run was interrupted and resumed. To this end every epoch sets its
+own seed, and depends only on the weights, the state of the optimizer and the metrics of the epochs before.
 """
 import argparse
 import importlib.util
@@ -10,10 +10,10 @@ import math
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 from timm.data import create_loader, resolve_model_data_config
@@ -24,7 +24,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, random_seed
 from torch.optim.swa_utils import update_bn
 
-from .batches import make_loaders, set_batches
+from .batches import epoch_seed, make_loaders, set_batches
 from .console import InputError, plural, progress, quote
 from .data import BAD_IMAGES, Data, open_data
 from .digits import folder_or_digits
@@ -100,8 +100,8 @@ def announce(args: argparse.Namespace, model: Any, data: Data, batches: str, dev
     warn_without_matplotlib()
 
 
-def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimizer: Any, scheduler: Any, step: int,
-                bar: Any) -> float:
+def train_epoch(args: argparse.Namespace, model: nn.Module, batches: Iterable[Any], optimizer: Any, scheduler: Any,
+                step: int, bar: Any) -> float:
     """Train for one epoch.
 
     BatchNorm's running averages lag behind weights that change fast: after short runs, a model can predict at chance
@@ -110,7 +110,7 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
     Args:
         args: Options `amp`, `batch_size` and `smoothing`.
         model: Model to train.
-        loader: Batches of images (B, C, H, W) and class indices (B).
+        batches: Batches of images (B, C, H, W) and class indices (B).
         optimizer: Optimizer of the model.
         scheduler: Scheduler of timm, updated after every step.
         step: Number of steps of the epochs before.
@@ -125,7 +125,7 @@ def train_epoch(args: argparse.Namespace, model: nn.Module, loader: Any, optimiz
     losses = AverageMeter()
     last_batches: deque = deque(maxlen=math.ceil(BATCH_NORM_IMAGES / args.batch_size))
     model.train()
-    for images, target in loader:
+    for images, target in batches:
         with autocast:
             loss = loss_fn(model(images), target)
         optimizer.zero_grad()
@@ -159,7 +159,7 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
     Args:
         args: Options of the run.
         model: Model to train.
-        loaders: Batches of the training set and of the validation set.
+        loaders: Batches of the training set and of the validation set, see `make_loaders`.
         history: Metrics of the epochs before; those of every further epoch are appended.
         save: Called after every epoch with the optimizer and the history.
         optimizer_state: State of the optimizer of a run to resume.
@@ -176,13 +176,15 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
         scheduler.step_update(len(history) * len(loader))  # --epochs may have been raised
+    batches = iter(loader)
     with progress(desc='training', total=args.epochs * len(loader), initial=len(history) * len(loader)) as bar:
         for epoch in range(len(history), args.epochs):
             if args.patience and history and epoch - 1 - best_epoch(history) >= args.patience:
                 bar.write(f'training stops early: no improvement in the last {plural(args.patience, "epoch")}')
                 break
-            random_seed(int(np.random.SeedSequence((args.seed, epoch)).generate_state(1)[0]))
-            loss = train_epoch(args, model, loader, optimizer, scheduler, epoch * len(loader), bar)
+            random_seed(epoch_seed(args, epoch))
+            loss = train_epoch(
+                args, model, islice(batches, len(loader)), optimizer, scheduler, epoch * len(loader), bar)
             if not math.isfinite(loss):
                 raise InputError(f'the loss became {loss} in epoch {epoch + 1}; a smaller --lr may help')
             metrics = measure(evaluate(model, val_loader))
@@ -195,16 +197,16 @@ def train(args: argparse.Namespace, model: nn.Module, loaders: Tuple[Any, Any], 
                       f'top-1 {metrics["top1"]:.2f} %')
 
 
-def report(args: argparse.Namespace, root: Path, data: Data, model: Any, history: History) -> None:
+def report(args: argparse.Namespace, root: Path, data: Data, val_loader: Any, model: Any, history: History) -> None:
     """Evaluate the best epoch on the validation set and, if there is one, on the test set; write tables and figures."""
     device, best = next(model.parameters()).device, best_epoch(history)
-    for what, images, output in (('validation set', data.val, args.output),
-                                 ('test set', data.test, args.output / 'test')):
-        if not images:
-            continue
+    sets = [('validation set', data.val, val_loader, args.output)]
+    if data.test:
         loader: Any = create_loader(
-            images, batch_size=args.batch_size, num_workers=args.workers, device=device,  # type: ignore[arg-type]
+            data.test, batch_size=args.batch_size, num_workers=args.workers, device=device,  # type: ignore[arg-type]
             **resolve_model_data_config(model, vars(args)))
+        sets.append(('test set', data.test, loader, args.output / 'test'))
+    for what, images, loader, output in sets:
         print(write_report(
             output, evaluate(model, loader), [path for path, _ in images.samples], data.classes, root, what,
             partial(read_image, **images.reading), trained_on=[target for _, target in data.train.samples]))
@@ -249,8 +251,8 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
     for images in data.sets:
         images.reading = reading_options(model)
     batches = set_batches(args, len(data.train))
-    loaders = make_loaders(args, data, model, device)
     history: History = state['history'] if state else []
+    loaders = make_loaders(args, data, model, device, len(history))
     announce(args, model, data, batches, device, len(history))
 
     kwargs = {**model_args(find_model(args.model), model.pretrained_cfg), 'num_classes': len(data.classes)}
@@ -262,7 +264,7 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
                 f'timm-mobileformer finetune --resume {quote(args.output)}')
         raise type(e)(f'{e}{hint}' if history else str(e)) from e
     model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # report on the saved weights
-    report(args, root, data, model, history)
+    report(args, root, data, loaders[1], model, history)
     print(f"to load the model: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True)")
     print(f'to classify images: timm-mobileformer predict IMAGES --model {quote(args.output)}')
     print(f'to export the model: timm-mobileformer export all --model {quote(args.output)}')
