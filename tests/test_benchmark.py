@@ -12,7 +12,7 @@ from timm_mobileformer.authors import PAPER_TOP1
 from timm_mobileformer.cli import benchmark_figure, benchmarking, main
 from timm_mobileformer.cli.benchmarking import Row, measure
 from timm_mobileformer.cli.cost import count_macs, saved_for_backward
-from timm_mobileformer.cli.published import PEERS, published
+from timm_mobileformer.cli.published import PUBLISHED
 
 
 def run_here(*args):
@@ -62,12 +62,13 @@ def test_all_rows_take_turns_in_an_order_of_its_own_each_round():
 
 
 def test_top1_of_every_default_model_is_quoted_with_its_source():
-    for name in PAPER_TOP1:
-        assert published(name) == (PAPER_TOP1[name], 224, 'the paper')
-    for name, (tag, size, top1) in PEERS.items():
-        assert f'{name}.{tag}' in timm.list_pretrained(f'{name}.*')
-        assert published(name) == (top1, size, f'timm, `{tag}`')
-    assert published('test_mobileformer') is None
+    assert list(PUBLISHED)[:7] == list(PAPER_TOP1)
+    for name, (top1, size, source) in PUBLISHED.items():
+        if name in PAPER_TOP1:
+            assert (top1, size, source) == (PAPER_TOP1[name], 224, 'the paper')
+        else:
+            tag = re.fullmatch('timm, `(.+)`', source)[1]
+            assert f'{name}.{tag}' in timm.list_pretrained(f'{name}.*')
 
 
 # The command
@@ -107,7 +108,7 @@ def test_an_earlier_result_is_replaced_as_a_whole_and_with_a_remark(tmp_path, ca
 
 
 @pytest.mark.parametrize('names', [
-    ['mobileformer_52m'], ['mobileformer_52m', 'mobilenetv3_small_100'], [*PAPER_TOP1, *PEERS]], ids=len)
+    ['mobileformer_52m'], ['mobileformer_52m', 'mobilenetv3_small_100'], [*PUBLISHED]], ids=len)
 def test_plots_of_any_number_of_models_have_ticks_and_every_name_apart_from_the_others(names, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(benchmark_figure, 'save_figure', lambda figure, path: figures.append(figure))

@@ -6,7 +6,7 @@ from timm_mobileformer.authors import PAPER_TOP1
 
 from .benchmark import RUNTIMES
 from .files import save_figure
-from .published import published
+from .published import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ __all__ = ['draw', 'other_sizes']
 
 def other_sizes(rows: Sequence['Row']) -> str:
     """Return a remark if latencies and published accuracies are for different image sizes, else ''."""
-    sizes = [(row.x.shape[-1], quoted.size) for row in rows if (quoted := published(row.name))]
+    sizes = [(row.x.shape[-1], PUBLISHED[row.name].size) for row in rows]
     if all(measured == scored for measured, scored in sizes):
         return ''
     measured, scored = (', '.join(f'{n} × {n}' for n in sorted(set(column))) for column in zip(*sizes, strict=True))
@@ -42,7 +42,7 @@ def draw(rows: Sequence['Row'], heading: str, path: Path) -> None:
     figure = Figure(figsize=(max(4.8 * len(runtimes), 6.4), 5.4), dpi=150, layout='constrained')
     figure.suptitle('\n'.join(filter(None, (heading, other_sizes(rows)))), fontsize=8, color='0.35')
     panels = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
-    accuracy = {row.name: quoted.top1 for row in rows if (quoted := published(row.name))}
+    accuracy = {row.name: PUBLISHED[row.name].top1 for row in rows}
     fastest = {row.name: row for row in rows}  # a fused row comes later
     for axes, runtime in zip(panels, runtimes, strict=True):
         latency = {name: row.latency(runtime) for name, row in fastest.items()}

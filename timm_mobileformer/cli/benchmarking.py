@@ -22,7 +22,6 @@ from torch.utils.collect_env import get_cpu_info
 from torch.utils.collect_env import run as run_command
 
 import timm_mobileformer  # noqa: F401  registers the models
-from timm_mobileformer.authors import PAPER_TOP1
 
 from .benchmark import RUNTIMES
 from .benchmark_figure import draw, other_sizes
@@ -31,7 +30,7 @@ from .cost import count_macs, saved_for_backward
 from .files import atomic_dir
 from .heap import keep_heap
 from .load import find_model, known_config, model_args, pick_device
-from .published import PEERS, published
+from .published import PUBLISHED
 from .run_state import claim
 
 __all__ = ['run']
@@ -186,7 +185,7 @@ def make_table(rows: List[Row], heading: str) -> str:
     header += [f'{RUNTIMES[r]}, ms' for r in runtimes] + ['training, MB']
     lines = [header, ['---'] * 2 + ['---:'] * 3 + ['---'] + ['---:'] * (len(header) - 6)]
     for row in rows:
-        top1 = published(row.name)
+        top1 = PUBLISHED.get(row.name)
         times = [row.latency(r) for r in runtimes]
         lines.append([
             f'{row.name}, fused' if row.fused else row.name,
@@ -219,12 +218,11 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterat
         InputError: The images of the model are not square, and `--img-size` is not given.
     """
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    published_at = PEERS[name][1] if name in PEERS else None
     cfg, _ = known_config(name)
     _, height, width = cfg['input_size']
     if height != width and not args.img_size:
         raise InputError(f'its images are not square ({height} × {width}); choose a size with --img-size')
-    size = args.img_size or published_at or width
+    size = args.img_size or (PUBLISHED[name].size if name in PUBLISHED else width)
     for row in make_rows(name, size, args.batch_size, device, memory_format):
         row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
         yield row
@@ -232,7 +230,7 @@ def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterat
 
 def run(args: argparse.Namespace) -> None:
     keep_heap()
-    names = [find_model(name) for name in args.model or [*PAPER_TOP1, *PEERS]]
+    names = [find_model(name) for name in args.model or PUBLISHED]
     device = pick_device(args)
     torch.set_num_threads(args.threads)
     versions = f'PyTorch {torch.__version__}, timm {timm.__version__}'
@@ -251,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
         measure(rows, args.rounds, device)
         table = make_table(rows, f'{heading}. Medians of {args.rounds} rounds.')
         print(table)
-        if drawn := [row for row in rows if published(row.name)]:
+        if drawn := [row for row in rows if row.name in PUBLISHED]:
             draw(drawn, heading, folder / 'plot.png')
         if remark := other_sizes(drawn):
             print(remark)

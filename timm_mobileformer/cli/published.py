@@ -1,25 +1,9 @@
 """Published accuracies on ImageNet-1k."""
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple
 
 from timm_mobileformer.authors import PAPER_TOP1
 
-__all__ = ['PEERS', 'Published', 'published']
-
-# Pretrained tag, image size and ImageNet-1k top-1 in percent of timm models, from results/results-imagenet.csv of
-# timm. The tags are the default ones, except for mobilenetv4_conv_medium, whose default is for larger images: the
-# best at 224 x 224. fastvit_t8 has no weights for 224 x 224.
-PEERS: Dict[str, Tuple[str, int, float]] = {
-    'mobilenetv3_small_100': ('lamb_in1k', 224, 67.636),
-    'mobilenetv3_large_100': ('ra_in1k', 224, 75.784),
-    'mobilenetv4_conv_small': ('e2400_r224_in1k', 224, 73.756),
-    'mobilenetv4_conv_medium': ('e500_r224_in1k', 224, 79.092),
-    'efficientnet_b0': ('ra_in1k', 224, 77.698),
-    'efficientvit_b0': ('r224_in1k', 224, 71.408),
-    'ghostnetv2_100': ('in1k', 224, 75.186),
-    'repvit_m0_9': ('dist_300e_in1k', 224, 78.652),
-    'efficientformerv2_s0': ('snap_dist_in1k', 224, 76.102),
-    'fastvit_t8': ('apple_in1k', 256, 76.184),
-}
+__all__ = ['PUBLISHED', 'Published']
 
 
 class Published(NamedTuple):
@@ -29,11 +13,19 @@ class Published(NamedTuple):
     source: str
 
 
-def published(name: str) -> Optional[Published]:
-    """Return the published accuracy of a model, None if there is none."""
-    if name in PAPER_TOP1:
-        return Published(PAPER_TOP1[name], 224, 'the paper')
-    if name in PEERS:
-        tag, size, top1 = PEERS[name]
-        return Published(top1, size, f'timm, `{tag}`')
-    return None
+# The Mobile-Formers from the paper, and other models from results/results-imagenet.csv of timm. The weights are the
+# default ones, except for mobilenetv4_conv_medium, whose default is for larger images: the best at 224 x 224.
+# fastvit_t8 has no weights for 224 x 224.
+PUBLISHED: Dict[str, Published] = {
+    **{name: Published(top1, 224, 'the paper') for name, top1 in PAPER_TOP1.items()},
+    'mobilenetv3_small_100': Published(67.636, 224, 'timm, `lamb_in1k`'),
+    'mobilenetv3_large_100': Published(75.784, 224, 'timm, `ra_in1k`'),
+    'mobilenetv4_conv_small': Published(73.756, 224, 'timm, `e2400_r224_in1k`'),
+    'mobilenetv4_conv_medium': Published(79.092, 224, 'timm, `e500_r224_in1k`'),
+    'efficientnet_b0': Published(77.698, 224, 'timm, `ra_in1k`'),
+    'efficientvit_b0': Published(71.408, 224, 'timm, `r224_in1k`'),
+    'ghostnetv2_100': Published(75.186, 224, 'timm, `in1k`'),
+    'repvit_m0_9': Published(78.652, 224, 'timm, `dist_300e_in1k`'),
+    'efficientformerv2_s0': Published(76.102, 224, 'timm, `snap_dist_in1k`'),
+    'fastvit_t8': Published(76.184, 256, 'timm, `apple_in1k`'),
+}
