@@ -1,6 +1,5 @@
 """Compare the latency, training memory and size of models in a table and a figure."""
 import argparse
-import os
 import platform
 import random
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from statistics import quantiles
 from typing import Any, Dict, List, Optional
 
@@ -18,16 +18,16 @@ import timm
 import torch
 import torch.nn as nn
 from timm.utils import reparameterize_model
+from torch.optim.swa_utils import update_bn
 from torch.utils.collect_env import get_cpu_info
 from torch.utils.collect_env import run as run_command
-
-import timm_mobileformer  # noqa: F401  registers the models
 
 from .benchmark import RUNTIMES
 from .benchmark_figure import draw, other_sizes
 from .console import InputError, plural, progress, reason
 from .cost import count_macs, saved_for_backward
 from .files import atomic_dir
+from .formats import open_onnx
 from .heap import keep_heap
 from .load import find_model, known_config, model_args, pick_device
 from .published import PUBLISHED
@@ -73,39 +73,11 @@ def load(name: str, size: int, device: torch.device) -> nn.Module:
     """
     torch.manual_seed(0)
     model = timm.create_model(name, device=device, **model_args(name, {'img_size': size}))
-    momenta = {}
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            momenta[m] = m.momentum
-            m.momentum = 1.
     images = torch.randn(4, 3, size, size, device=device)
-    with torch.no_grad():
-        model.train()(images)
-    for m, momentum in momenta.items():
-        m.momentum = momentum
+    update_bn([images], model)
     with torch.inference_mode():
         model.eval()(images)  # fills caches, such as those of attention biases
     return model
-
-
-def make_rows(
-        name: str,
-        size: int,
-        batch: int,
-        device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
-) -> Iterator[Row]:
-    """Yield the model as trained and, if fusing changes it, fused."""
-    model = load(name, size, device).to(memory_format=memory_format)
-    images = torch.randn(max(batch, 4), 3, size, size, device=device).to(memory_format=memory_format)
-    saved = saved_for_backward(load(name, size, device).to(memory_format=memory_format), images[:4])
-    as_trained = 0
-    for fused in False, True:
-        net = reparameterize_model(model) if fused else model
-        params = sum(p.numel() for p in net.parameters())
-        if params != as_trained:
-            yield Row(name, fused, net, images[:batch], params, count_macs(net, images[:1]), None if fused else saved)
-        as_trained = params
 
 
 def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
@@ -121,15 +93,11 @@ def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
     """
     model, x = row.model, row.x
     if runtime == 'onnx':
-        import onnxruntime
-
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            path = os.path.join(folder, 'model.onnx')
+            path = Path(folder, 'model.onnx')
             torch.onnx.export(model, (x,), path, dynamo=False)  # ten times as fast as the other exporter
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+            session = open_onnx(path, threads)
         feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
         return lambda: session.run(None, feed)
     call = torch.compile(model, fullgraph=True, dynamic=False) if runtime == 'compile' else model
@@ -211,21 +179,31 @@ def make_table(rows: List[Row], heading: str) -> str:
 """
 
 
-def prepare(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Yield the rows of a model, ready to be measured.
+def make_rows(name: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Yield a model as trained and, if fusing changes it, fused, ready to be measured.
 
     Raises:
         InputError: The images of the model are not square, and `--img-size` is not given.
     """
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     cfg, _ = known_config(name)
     _, height, width = cfg['input_size']
     if height != width and not args.img_size:
         raise InputError(f'its images are not square ({height} × {width}); choose a size with --img-size')
     size = args.img_size or (PUBLISHED[name].size if name in PUBLISHED else width)
-    for row in make_rows(name, size, args.batch_size, device, memory_format):
-        row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
-        yield row
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = load(name, size, device).to(memory_format=memory_format)
+    images = torch.randn(max(args.batch_size, 4), 3, size, size, device=device).to(memory_format=memory_format)
+    saved = saved_for_backward(load(name, size, device).to(memory_format=memory_format), images[:4])
+    as_trained = 0
+    for fused in False, True:
+        net = reparameterize_model(model) if fused else model
+        params = sum(p.numel() for p in net.parameters())
+        if params != as_trained:
+            row = Row(name, fused, net, images[:args.batch_size], params, count_macs(net, images[:1]),
+                      None if fused else saved)
+            row.runs = {runtime: start(row, runtime, args.threads) for runtime in args.runtimes}
+            yield row
+        as_trained = params
 
 
 def run(args: argparse.Namespace) -> None:
@@ -243,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
         rows: List[Row] = []
         for name in progress(names, 'preparing', unit='model'):
             try:
-                rows += prepare(name, args, device)
+                rows += make_rows(name, args, device)
             except Exception as e:  # models raise errors of many types
                 raise InputError(f'{name} cannot be measured: {reason(e)}') from e
         measure(rows, args.rounds, device)

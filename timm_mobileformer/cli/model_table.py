@@ -5,7 +5,6 @@ from typing import Any
 import timm
 import torch
 
-import timm_mobileformer  # noqa: F401  registers the models
 from timm_mobileformer.authors import AUTHORS_FILES, PAPER_TOP1
 from timm_mobileformer.authors_weights import cached_weights, read_record
 from timm_mobileformer.pretrained import cached_hub_file, hub_repository
