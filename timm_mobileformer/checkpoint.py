@@ -13,28 +13,17 @@ __all__ = ['CheckpointMismatchError', 'checkpoint_filter_fn']
 
 _logger = logging.getLogger(__name__)
 
-# Module names: ours -> the authors'.
-_MODEL = {
+# Module names: ours -> the authors'. Those of blocks follow `stages.S.B.` in our names and `features.I.` in theirs,
+# which are numbered across all stages.
+_MODULES = {
     'stem.conv': 'stem.0',
     'stem.bn': 'stem.1',
-    'mobile_to_former.q': 'local_global.q',
-    'mobile_to_former.gate': 'local_global.alpha.0',
-    'mobile_to_former.proj': 'local_global.proj',
-    'mobile_to_former.norm': 'local_global.layer_norm',
-    'final_conv.conv': 'classifier.conv.1',
-    'final_conv.bn': 'classifier.conv.2',
-    'head_hidden.linear': 'classifier.fc.0',
-    'head_hidden.bn': 'classifier.fc.1',
-    'classifier': 'classifier.classifier.1',
-}
-# The same within a block: ours are `stages.S.B`, theirs `features.I`, numbered across all stages.
-_BLOCK = {
     # lite bottleneck
     'conv1.conv': 'conv.0',
     'conv1.bn': 'conv.1',
     'conv2.conv': 'conv.4',
     'conv2.bn': 'conv.5',
-    # Mobile->Former
+    # Mobile->Former, in blocks and after them
     'mobile_to_former.q': 'local_global.q',
     'mobile_to_former.gate': 'local_global.alpha.0',
     'mobile_to_former.proj': 'local_global.proj',
@@ -54,6 +43,12 @@ _BLOCK = {
     # Mobile<-Former
     'former_to_mobile.k': 'global_local.k',
     'former_to_mobile.v': 'global_local.proj',
+    # head
+    'final_conv.conv': 'classifier.conv.1',
+    'final_conv.bn': 'classifier.conv.2',
+    'head_hidden.linear': 'classifier.fc.0',
+    'head_hidden.bn': 'classifier.fc.1',
+    'classifier': 'classifier.classifier.1',
 }
 
 
@@ -86,9 +81,9 @@ def _authors_names(keys: Iterable[str]) -> Dict[str, str]:
         if module.startswith('stages.'):
             _, stage, block, module = module.split('.', 3)
             index = blocks.setdefault(f'{stage}.{block}', len(blocks))
-            names[key] = f'features.{index}.{_BLOCK[module]}.{tensor}'
+            names[key] = f'features.{index}.{_MODULES[module]}.{tensor}'
         else:
-            names[key] = f'{_MODEL[module]}.{tensor}' if module else 'tokens.weight'
+            names[key] = f'{_MODULES[module]}.{tensor}' if module else 'tokens.weight'
     return names
 
 
