@@ -14,7 +14,7 @@ from .duplicates import identical_files
 from .folders import ImageScan, Labelled, Splits, contents, find_splits, natural_order, relative, split_of
 from .tables import read_labels
 
-__all__ = ['BAD_IMAGES', 'Data', 'ImageScan', 'find_labels', 'open_data']
+__all__ = ['BAD_IMAGES', 'Data', 'find_labels', 'open_data']
 
 BAD_IMAGES = 'bad_images.csv'  # name of the list of images that cannot be used
 TABLES = 'metadata.csv', 'metadata.jsonl', '_classes.csv'  # read without --labels if they lie beside the images

@@ -15,10 +15,11 @@ from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms import Compose
 
 from .console import InputError, abbreviate, plural, progress, quiet_unless_it_fails, quote, reason
-from .data import BAD_IMAGES, ImageScan, open_data
+from .data import BAD_IMAGES, open_data
 from .dataset import ImageDataset
 from .digits import folder_or_digits
 from .files import atomic_dir
+from .folders import ImageScan
 from .formats import FORMATS, Run, load_raw
 from .image_checks import check_images
 from .labelled import TrainingData, match_classes, training_data
@@ -98,10 +99,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         return Inputs(load(val), load(calibration), targets, f'{plural(len(val), "image")} of the validation set',
                       decoded(val))
     if args.images:
-        found = ImageScan()
-        paths = found.expand(args.images)
-        if not paths:
-            raise InputError(f'no images in {abbreviate(args.images)}{found.ignored_types(", only")}')
+        paths = ImageScan().expand(args.images)
         check_images(paths, args.workers)
         samples = [(path, 0) for path in paths]
         return Inputs(load(samples), load(thin_out(samples)), None, plural(len(paths), 'image'), decoded(samples))

@@ -106,8 +106,15 @@ class ImageScan:
         return images
 
     def expand(self, paths: Sequence[Path]) -> List[str]:
-        """Return the files among paths, and all images in the folders among them."""
-        return [file for path in paths for file in (self.search(path) if path.is_dir() else [str(path)])]
+        """Return the files among paths, and all images in the folders among them and their subfolders.
+
+        Raises:
+            InputError: There are no images.
+        """
+        files = [file for path in paths for file in (self.search(path) if path.is_dir() else [str(path)])]
+        if not files:
+            raise InputError(f'no images in {abbreviate(paths)}{self.ignored_types(", only")}')
+        return files
 
     def is_flat(self, folder: Path) -> bool:
         """Return whether a folder has no class folders: images lie in it directly, or in at most one subfolder."""

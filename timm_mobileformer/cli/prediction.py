@@ -3,13 +3,12 @@ import argparse
 import csv
 import sys
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Iterator, List, TextIO
+from typing import Any, Iterator, TextIO
 
 from .classifier import open_classifier
-from .console import InputError, abbreviate, plural, printable
-from .data import ImageScan
+from .console import InputError, plural, printable
 from .files import atomic_dir, open_csv
+from .folders import ImageScan
 from .heap import keep_heap
 
 __all__ = ['run']
@@ -25,24 +24,12 @@ def open_table(path: Any) -> Iterator[TextIO]:
         yield file
 
 
-def find_images(paths: List[Path]) -> List[str]:
-    """Return the given files, and all images in the given folders and their subfolders.
-
-    Raises:
-        InputError: There are no images.
-    """
-    found = ImageScan()
-    files = found.expand(paths)
-    for remark in found.remarks():
-        print(remark, file=sys.stderr)
-    if not files:
-        raise InputError(f'no images in {abbreviate(paths)}')
-    return files
-
-
 def run(args: argparse.Namespace) -> int:
     keep_heap()
-    paths = find_images(args.images)
+    scan = ImageScan()
+    paths = scan.expand(args.images)
+    for remark in scan.remarks():
+        print(remark, file=sys.stderr)
     classifier = open_classifier(args)
     names = classifier.label_names
     if args.topk > len(names):

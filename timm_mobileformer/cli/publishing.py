@@ -23,9 +23,9 @@ from timm_mobileformer.pretrained import hub_repository
 
 from .classifier import as_classifier
 from .console import InputError, abbreviate, plural, progress, reason
-from .data import ImageScan
 from .evaluation import score_images
 from .files import atomic_dir, sha256
+from .folders import ImageScan
 from .load import load_mobileformer, pick_device, read_checkpoint
 from .model_card import model_card
 from .prefetching import fetch
