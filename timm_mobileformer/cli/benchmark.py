@@ -24,7 +24,7 @@ are quoted."""
     parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, metavar='RUNTIME',
                         help=f'one or more of {", ".join(RUNTIMES)} (default: eager and onnx on a CPU, else eager); '
                              'compiling takes up to a minute per row')
-    batch_size_option(parser, 1, 1)
+    batch_size_option(parser, 1)
     img_size_option(parser, 'that of the published accuracy, which is 224 for most models')
     parser.add_argument('--channels-last', action='store_true', help='use the channels-last memory format in PyTorch')
     parser.add_argument('--rounds', type=at_least(2), default=50, metavar='N',

@@ -31,7 +31,7 @@ Classes are matched by name."""
     class_map_option(parser)
     parser.add_argument('--output', type=Path, default=Path('output/evaluate'), metavar='DIR',
                         help='folder for the tables and figures (default: output/evaluate)')
-    batch_size_option(parser, 64, 64)
+    batch_size_option(parser)
     workers_option(parser)
     device_option(parser)
 

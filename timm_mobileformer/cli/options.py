@@ -147,9 +147,9 @@ def img_size_option(group: Any, default: str) -> None:
                        help=f'height and width of the input (default: {default})')
 
 
-def batch_size_option(group: Any, default: Optional[int], shown: object) -> None:
+def batch_size_option(group: Any, default: Optional[int] = 64, shown: str = '') -> None:
     group.add_argument('-b', '--batch-size', type=at_least(1), metavar='N', default=default,
-                       help=f'images per batch (default: {shown})')
+                       help=f'images per batch (default: {shown or default})')
 
 
 def workers_option(group: Any, default: Optional[int] = 2) -> None:
@@ -157,9 +157,9 @@ def workers_option(group: Any, default: Optional[int] = 2) -> None:
                        help='worker processes that read images (default: 2)')
 
 
-def threads_option(group: Any, default: Optional[int] = 1, shown: str = '1') -> None:
+def threads_option(group: Any, default: Optional[int] = 1, shown: str = '') -> None:
     group.add_argument('--threads', type=at_least(1), metavar='N', default=default,
-                       help=f'CPU threads of the model (default: {shown})')
+                       help=f'CPU threads of the model (default: {shown or default})')
 
 
 def device_option(group: Any, default: Optional[str] = None) -> None:

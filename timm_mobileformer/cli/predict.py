@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help='number of classes per image, as columns label, probability, label2, probability2, … '
                              '(default: 1)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='file for the table (default: standard output)')
-    batch_size_option(parser, 64, 64)
+    batch_size_option(parser)
     workers_option(parser)
     device_option(parser)
 

@@ -46,7 +46,7 @@ the command again uploads what is missing, or nothing."""
     group.add_argument('--force', action='store_true', help='publish even if the accuracy is lower than in the paper')
     group.add_argument('--validate-only', action='store_true',
                        help='only print top-1 and top-5 next to the figures of the paper; also for published models')
-    batch_size_option(group, 64, 64)
+    batch_size_option(group)
     workers_option(group)
     device_option(group)
 
