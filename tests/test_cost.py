@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -119,6 +120,16 @@ def test_the_search_for_copies_finds_one():
     assert 'clone' in [func.overloadpacket.__name__ for func, _, _ in recorder.calls]
 
 
+def depthwise_convolutions(model: nn.Module, images: torch.Tensor) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and outputs of the depthwise convolutions in one inference."""
+    with torch.no_grad(), Recorder() as recorder:
+        model(images)
+    found = [(read[0], written[0]) for func, read, written in recorder.calls
+             if func.overloadpacket.__name__ == 'convolution' and read[1].shape[1] == 1]
+    assert len(found) >= 8
+    return found
+
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'channels_last'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_in_16_bits_no_depthwise_convolution_has_several_outputs_per_input_channel(dtype, memory_format):
@@ -126,13 +137,21 @@ def test_in_16_bits_no_depthwise_convolution_has_several_outputs_per_input_chann
     model = timm.create_model(TINY, dtype=dtype).eval().to(memory_format=memory_format)
     images = torch.randn(2, 3, 64, 96, dtype=dtype).to(memory_format=memory_format)
     for form in model, reparameterize_model(model):
-        with torch.no_grad(), Recorder() as recorder:
-            form(images)
-        convolutions = [(read[0], written[0]) for func, read, written in recorder.calls
-                        if func.overloadpacket.__name__ == 'convolution' and read[1].shape[1] == 1]
-        assert len(convolutions) >= 8
-        for x, y in convolutions:
+        for x, y in depthwise_convolutions(form, images):
             assert x.shape[1] == y.shape[1] and x.is_contiguous(memory_format=memory_format)
+
+
+def test_in_autocast_for_cuda_none_has_either_after_frozen_norms():
+    """Frozen norms return float32, which autocast converts in the convolution itself."""
+    with FakeTensorMode(), torch.device('cuda'):
+        model, images = freeze_batch_norm_2d(timm.create_model(TINY).eval()), torch.empty(2, 3, 64, 96)
+        torch.set_autocast_enabled('cuda', True)  # torch.autocast would not, where there is no GPU
+        try:
+            convolutions = depthwise_convolutions(model, images)
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+    for x, y in convolutions:
+        assert x.dtype == torch.float16 and x.shape[1] == y.shape[1]
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'channels_last'])

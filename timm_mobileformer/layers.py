@@ -53,9 +53,11 @@ def depthwise_conv2d(
 
     In 16 bits, each input channel is repeated first, once for each of its output channels, because cuDNN would run one
     kernel per input channel. This makes inference of 294m 1.7 times and training 1.9 times as fast on an H200 (256
-    images, autocast to float16, channels-last).
+    images, autocast to float16, channels-last). In autocast for CUDA, `x` may be in float32: timm's frozen BatchNorm
+    returns it.
     """
-    if x.dtype in (torch.float16, torch.bfloat16) and weight.shape[0] > groups:
+    in_16_bits = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled()
+    if in_16_bits and weight.shape[0] > groups:
         repeats = weight.shape[0] // groups
         groups = weight.shape[0]
         if x.is_contiguous():
