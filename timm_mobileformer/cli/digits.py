@@ -8,6 +8,8 @@ from typing import Optional
 import numpy as np
 from PIL import Image
 
+from .console import InputError, missing
+
 __all__ = ['folder_or_digits', 'write_digits']
 
 
@@ -18,13 +20,12 @@ def write_digits(root: Path) -> None:
         root: Folder to write to, created if it does not exist.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+        InputError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"{e}; pip install 'timm_mobileformer[demo]' installs it") from e
+    if lack := missing('demo', 'sklearn'):
+        raise InputError(f'the default data set, digits of scikit-learn, {lack}')
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0 ... 16
@@ -41,7 +42,7 @@ def folder_or_digits(folder: Optional[Path]) -> Iterator[Path]:
     """Yield the data folder of a command or, if it is None, a temporary folder with the digits.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+        InputError: scikit-learn is not installed.
     """
     if folder is not None:
         yield folder
