@@ -20,7 +20,8 @@ from safetensors.torch import save
 from .authors import AUTHORS_FILES, AUTHORS_TAG
 from .checkpoint import checkpoint_filter_fn
 
-__all__ = ['cache_folder', 'cached_weights', 'drive_page', 'file_by_hand', 'get_authors_weights', 'read_record']
+__all__ = [
+    'WEIGHTS', 'cache_folder', 'cached_weights', 'drive_page', 'file_by_hand', 'get_authors_weights', 'read_record']
 
 STALL = 30  # timeout in seconds without data
 WEIGHTS, RECORD = 'model.safetensors', 'source.json'

@@ -13,6 +13,7 @@ from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import hf_split
 
 from .authors import AUTHORS_FILES, AUTHORS_TAG
+from .authors_weights import WEIGHTS, drive_page, file_by_hand, get_authors_weights
 from .checkpoint import CheckpointMismatchError
 from .download_errors import is_xet_error, why
 
@@ -20,7 +21,6 @@ __all__ = ['cached_hub_file', 'find_weights', 'hub_repository', 'with_weights']
 
 _logger = logging.getLogger(__name__)
 
-WEIGHTS = 'model.safetensors'
 SOURCES = 'source', 'state_dict', 'file', 'url', 'hf_hub_id', 'hf_hub_filename'  # fields of timm's PretrainedCfg
 # Errors of downloads, damaged files and mismatched weights; timm wraps UnpicklingError.
 _HUB_ERRORS = OSError, HTTPError, EntryNotFoundError, HFValidationError
@@ -70,8 +70,6 @@ def find_weights(variant: str, repository: Optional[str], cache_dir: Any = None)
     Raises:
         RuntimeError: No source is available; the message lists the reasons and alternatives.
     """
-    from .authors_weights import drive_page, file_by_hand, get_authors_weights
-
     tried = {}
     if repository:
         try:
