@@ -123,10 +123,8 @@ def _convert(variant: str, file: BinaryIO, folder: Path) -> None:
         ValueError: The file is not a checkpoint of the variant, contains NaN or infinity, or does not match the record.
     """
     file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    source = dict(url=drive_page(variant), size=file.tell(), sha256=digest.hexdigest(),
+    digest = hashlib.sha256(file.read()).hexdigest()
+    source = dict(url=drive_page(variant), size=file.tell(), sha256=digest,
                   date=datetime.now(timezone.utc).date().isoformat())
     known = read_record(folder)
     if known.get('sha256', source['sha256']) != source['sha256']:

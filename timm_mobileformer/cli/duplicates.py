@@ -21,16 +21,11 @@ def size(path: str) -> Optional[int]:
     return status.st_size or None if stat.S_ISREG(status.st_mode) else None
 
 
-def digest(path: str, length: Optional[int] = None) -> Optional[bytes]:
-    """Return the SHA-256 of the first `length` bytes of a file, or of all bytes; None if it cannot be read."""
+def digest(path: str, length: int = -1) -> Optional[bytes]:
+    """Return the SHA-256 of the first `length` bytes of a file, by default of all; None if it cannot be read."""
     try:
         with open(path, 'rb', buffering=0) as file:
-            if length:
-                return sha256(file.read(length)).digest()
-            total = sha256()
-            while block := file.read(1 << 20):
-                total.update(block)
-            return total.digest()
+            return sha256(file.read(length)).digest()
     except OSError:
         return None
 

@@ -1,5 +1,4 @@
-"""Atomic writes, checksums and figures."""
-import hashlib
+"""Atomic writes, CSV files and figures."""
 import os
 import shutil
 import tempfile
@@ -9,9 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, TextIO
 
-from .console import InputError, progress
+from .console import InputError
 
-__all__ = ['atomic_dir', 'open_csv', 'remove_unfinished', 'save_figure', 'sha256']
+__all__ = ['atomic_dir', 'open_csv', 'remove_unfinished', 'save_figure']
 
 
 @contextmanager
@@ -61,16 +60,6 @@ def remove_unfinished(folder: Path) -> None:
 def open_csv(path: Path) -> TextIO:
     """Open a file for `csv.writer`; names of files that are not valid UTF-8 are written as they are."""
     return path.open('w', newline='', encoding='utf-8', errors='surrogateescape')
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file, progress(
-            total=path.stat().st_size, desc=f'Hashing {path.name}', unit='B', unit_scale=True) as bar:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
 
 
 def save_figure(figure: Any, path: Path, **kwargs: Any) -> None:

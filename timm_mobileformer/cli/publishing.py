@@ -2,6 +2,7 @@
 import argparse
 import os
 import tempfile
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -24,7 +25,7 @@ from timm_mobileformer.pretrained import hub_repository
 from .classifier import as_classifier
 from .console import InputError, abbreviate, plural, progress, reason
 from .evaluation import score_images
-from .files import atomic_dir, sha256
+from .files import atomic_dir
 from .folders import ImageScan
 from .load import load_mobileformer, pick_device, read_checkpoint
 from .model_card import model_card
@@ -215,7 +216,7 @@ def origin(candidate: Candidate) -> str:
         return f'`{candidate.source}`'
     if source := read_record(file.parent):
         return f'{source["url"]}, SHA-256 `{source["sha256"]}`, {source["size"]:,} bytes'
-    return f'`{file.name}`, SHA-256 `{sha256(file)}`, {file.stat().st_size:,} bytes'
+    return f'`{file.name}`, SHA-256 `{sha256(file.read_bytes()).hexdigest()}`, {file.stat().st_size:,} bytes'
 
 
 def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitInfo, bool]:
