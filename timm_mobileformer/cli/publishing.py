@@ -110,12 +110,12 @@ def check(args: argparse.Namespace) -> Candidate:
     return Candidate(model, source, file, x, answer)
 
 
-def save(candidate: Candidate, folder: Path, card: str = '') -> None:
+def save(candidate: Candidate, folder: Path, repo_id: str) -> None:
     """Write config.json and model.safetensors with timm, and a model card."""
+    card = model_card(candidate.model, repo_id, origin(candidate))
     try:
         save_for_hf(candidate.model, str(folder), safe_serialization=True)
-        if card:
-            (folder / 'README.md').write_text(card, encoding='utf-8')
+        (folder / 'README.md').write_text(card, encoding='utf-8')
     except (OSError, SafetensorError) as e:
         raise InputError(f'{folder}: cannot be written ({reason(e)}); free some space, or set TMPDIR') from e
 
@@ -243,7 +243,7 @@ def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitIn
 
 def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save(candidate, Path(folder), model_card(candidate.model, repo_id, origin(candidate)))
+        save(candidate, Path(folder), repo_id)
         try:
             commit, is_new = send(repo_id, Path(folder), args)
         except InputError:
@@ -266,7 +266,7 @@ def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namesp
 def write_dry(candidate: Candidate, repo_id: str, target: Path) -> None:
     """Write the files to a folder atomically instead of uploading them."""
     with atomic_dir(target) as folder:
-        save(candidate, folder, model_card(candidate.model, repo_id, origin(candidate)))
+        save(candidate, folder, repo_id)
     verify(f'local-dir:{target}', candidate)
     print(f'{target}: written, nothing uploaded; loads as local-dir:{target}, outputs are bit-identical')
 
