@@ -99,9 +99,8 @@ def checkpoint_filter_fn(
 ) -> Dict[str, torch.Tensor]:
     """Convert a checkpoint to our parameter names and check that it matches the model.
 
-    Checkpoints with the authors' parameter names and with ours are accepted.
-
-    The numbers of classes and of input channels may differ; timm adapts them.
+    Checkpoints with the authors' parameter names and with ours are accepted. The numbers of classes and of input
+    channels may differ; timm adapts them.
 
     Args:
         state_dict: State dict, or a training checkpoint that contains one.

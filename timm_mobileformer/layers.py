@@ -49,7 +49,7 @@ def depthwise_conv2d(
         dilation: Tuple[int, int],
         groups: int,
 ) -> torch.Tensor:
-    """Depthwise convolution with several output channels per input channel.
+    """Depthwise convolution of a map (B, groups, H, W) with several output channels per input channel.
 
     In 16 bits, each input channel is repeated first, once for each of its output channels, because cuDNN would run one
     kernel per input channel. This makes inference of 294m 1.7 times and training 1.9 times as fast on an H200 (256
@@ -98,7 +98,7 @@ class ConvNorm(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """Fold the BatchNorm into the convolution."""
+        """Fold the BatchNorm into the convolution; raise a TypeError if `check_foldable` does."""
         check_foldable(self.conv)
         conv = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
         for parameter in conv.parameters():  # fuse_conv_bn_eval leaves the new bias frozen
@@ -117,7 +117,7 @@ class LinearNorm(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> nn.Linear:
-        """Fold the BatchNorm into the linear layer."""
+        """Fold the BatchNorm into the linear layer; raise a TypeError if `check_foldable` does."""
         check_foldable(self.linear)
         return fuse_linear_bn_eval(self.linear.eval(), self.bn.eval())
 

@@ -255,7 +255,7 @@ class MobileDown(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor, z0: torch.Tensor) -> torch.Tensor:
-        """Map (B, C_in, H, W) and first token (B, d) to a map (B, C_out, H / 2, W / 2)."""
+        """Map (B, C_in, H, W) and first token (B, d) to a map (B, C_out, H / stride, W / stride)."""
         x = self.act1(self.shuffle1(self.conv1(x)), z0)
         u = self.conv2(x)
         x = self.act3(self.shuffle3(self.conv3(u)), z0)
@@ -642,7 +642,10 @@ class MobileFormer(nn.Module):
         return torch.cat([x, z0], dim=1)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to features (B, 6 C + d, H / 32, W / 32): the final map, then the first token."""
+        """Images (B, in_chans, H, W) to features (B, 6 C + d, H / output_stride, W / output_stride).
+
+        The channels are those of the final map, then those of the first token.
+        """
         x, z = self.forward_stem(x)
         for stage in self.stages:
             x, z = stage(x, z)
@@ -706,7 +709,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv', 'classifier': 'classifier',
-        'license': 'unknown',  # the Hub's word for it: the authors state none for their weights
+        'license': 'unknown',  # as the Hub calls it; the authors state no licence for their weights
         'paper_ids': 'arXiv:2108.05895',
         'paper_name': 'Mobile-Former: Bridging MobileNet and Transformer',
         'origin_url': 'https://github.com/AAboys/MobileFormer',
@@ -728,7 +731,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
-    strict = kwargs.get('pretrained_strict', not kwargs.get('features_only', False))  # as timm has it
+    strict = kwargs.get('pretrained_strict', not kwargs.get('features_only', False))  # as in timm's load_pretrained
     with with_weights(variant, pretrained, kwargs) as kwargs:
         return build_model_with_cfg(
             MobileFormer,
