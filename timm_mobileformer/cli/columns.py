@@ -19,7 +19,7 @@ LABEL_IDS = re.compile(r'(label|class|target|category)(id|index|idx|number|no|co
 SPLITS = re.compile(r'(data)?(split|subset|set|partition)')
 
 ON, OFF = ('1', '1.0', 'true'), ('0', '0.0', 'false')  # values of one-hot columns, in any case
-SAMPLE = 200  # number of rows that the column of files is chosen by
+SAMPLE = 200  # number of rows from which the column of files is chosen
 
 
 def normalize(path: str) -> str:

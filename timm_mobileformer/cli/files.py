@@ -17,9 +17,9 @@ __all__ = ['atomic_dir', 'open_csv', 'remove_unfinished', 'save_figure']
 def atomic_dir(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved to `folder` once all of them are written.
 
-    Nothing is moved if an exception is raised. File permissions follow the umask. Several processes
-    may write to one folder at once; of two files with the same name, the one moved last remains. Commands whose
-    files belong together lock the folder with `run_state.claim`.
+    Nothing is moved if an exception is raised. File permissions follow the umask. Several processes may write to one
+    folder at once; of two files with the same name, the one moved last remains. Commands whose files belong together
+    lock the folder with `run_state.claim`.
 
     Args:
         folder: Destination, created if it does not exist.

@@ -42,7 +42,7 @@ of timm's source:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add options whose default is None, so that --resume knows which are given."""
+    """Add options whose default is None, so that --resume can tell which were given."""
     parser.description = (
         'Fine-tune a Mobile-Former, or any timm model, on a folder of images; without one, on the handwritten digits\n'
         "of scikit-learn. Options have the names of those of timm's train.py.")

@@ -111,8 +111,8 @@ def complete_jpeg(path: Union[str, Path]) -> Optional[Image.Image]:
     """Open a JPEG whose last bytes are missing.
 
     Returns:
-        The image, or None if pixels are missing. None are if the decoded pixels do not depend on the missing bytes:
-        they are the same whether zeros or other bytes are appended.
+        The image, or None if pixels are missing. No pixel is missing if the decoded pixels are the same whether zeros
+        or other bytes are appended.
     """
     data = Path(path).read_bytes().rstrip(b'\xff')
     if not data.startswith(b'\xff\xd8'):

@@ -30,8 +30,8 @@ the command again uploads what is missing, or nothing."""
     where.add_argument('--namespace', metavar='ORG',
                        help='organization or user (default: the namespace used by pretrained=True)')
     where.add_argument('--repo-id', metavar='ORG/NAME', help='repository (default: ORG/MODEL.TAG)')
-    group.add_argument('--tag', help=f"which weights these are (default: {AUTHORS_TAG}, the authors', or what the "
-                                     'folder of finetune says)')
+    group.add_argument('--tag', help=f"which weights these are (default: {AUTHORS_TAG}, the authors', or the tag "
+                                     'in the folder of finetune)')
     group.add_argument('--private', action='store_true', help='create a private repository')
     how = group.add_mutually_exclusive_group()
     how.add_argument('--revision', metavar='R', help='branch to commit to, created if necessary (default: main)')
@@ -41,8 +41,8 @@ the command again uploads what is missing, or nothing."""
                                        'machine can see command lines')
     group = parser.add_argument_group('check')
     group.add_argument('--validate', type=existing_folder, metavar='DIR',
-                       help="folder of ImageNet's validation images in class folders; refuse weights worse than the "
-                            'paper says')
+                       help="folder of ImageNet's validation images in class folders; refuse weights with a lower "
+                            'accuracy than in the paper')
     group.add_argument('--force', action='store_true', help='publish even if the accuracy is lower than in the paper')
     group.add_argument('--validate-only', action='store_true',
                        help='only print top-1 and top-5 next to the figures of the paper; also for published models')
