@@ -32,7 +32,7 @@ def write_digits(root: Path) -> None:
     train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     for split, indices in ('train', train), ('validation', val):
         for i in indices:
-            path = Path(root) / split / str(labels[i]) / f'{i:04}.png'
+            path = root / split / str(labels[i]) / f'{i:04}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(path)
 

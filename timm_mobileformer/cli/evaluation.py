@@ -136,6 +136,6 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f'{args.model} was trained on {abbreviate(gone)}, which does not exist; name another '
                              'folder with --data-dir')
         folder = trained.root
-        trained.choose(args)
+        trained.fill_in(args)
     with claim(args.output), folder_or_digits(folder) as root:
         return evaluate(args, root, trained)

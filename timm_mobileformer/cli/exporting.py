@@ -43,12 +43,12 @@ class Inputs(NamedTuple):
     calibration: Optional[Loader]  # images for calibration; None for noise
     targets: Optional[torch.Tensor]  # (N); None if there are no labels
     what: str  # description
-    pictures: Sequence[Tuple[torch.Tensor, int]]  # decoded images (H, W, 3)
+    decoded: Sequence[Tuple[torch.Tensor, int]]  # images (H, W, 3) in uint8 before preprocessing, and targets
 
 
-def thin_out(samples: Sequence[Tuple[str, int]], limit: int = NUM_CALIBRATION) -> List[Tuple[str, int]]:
-    """Return at most `limit` evenly spaced samples."""
-    return list(samples[::math.ceil(len(samples) / limit)])
+def thin_out(samples: Sequence[Tuple[str, int]]) -> List[Tuple[str, int]]:
+    """Return at most `NUM_CALIBRATION` evenly spaced samples."""
+    return list(samples[::math.ceil(len(samples) / NUM_CALIBRATION)])
 
 
 def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_config: Dict[str, Any],
@@ -67,10 +67,10 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         InputError: Images cannot be read, or no image has a class of the model.
     """
 
-    def decoded(samples: Sequence[Tuple[str, int]]) -> Any:
-        pictures = ImageDataset(samples, **reading_options(model))
-        pictures.transform = Compose([to_pixels])
-        return pictures
+    def decode(samples: Sequence[Tuple[str, int]]) -> Any:
+        images = ImageDataset(samples, **reading_options(model))
+        images.transform = Compose([to_pixels])
+        return images
 
     def load(samples: Sequence[Tuple[str, int]]) -> Loader:
         return create_loader(
@@ -97,12 +97,12 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
             raise InputError(f'{root} has no validation image of a class of {args.checkpoint or args.model}')
         targets = torch.tensor([target for _, target in val])
         return Inputs(load(val), load(calibration), targets, f'{plural(len(val), "image")} of the validation set',
-                      decoded(val))
+                      decode(val))
     if args.images:
         paths = ImageScan().expand(args.images)
         check_images(paths, args.workers)
         samples = [(path, 0) for path in paths]
-        return Inputs(load(samples), load(thin_out(samples)), None, plural(len(paths), 'image'), decoded(samples))
+        return Inputs(load(samples), load(thin_out(samples)), None, plural(len(paths), 'image'), decode(samples))
     generator = torch.Generator().manual_seed(0)
     channels, *size = data_config['input_size']
     noise = torch.randint(256, (8, *size, channels), dtype=torch.uint8, generator=generator)
@@ -212,7 +212,7 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
                     shape = about['input_shape']
                     write_metadata({**about, 'input_shape': shape if args.raw else [form.batch, *shape[1:]]}, path)
                     run = (load_raw if args.raw else form.load)(path, args.threads)
-                answers = run_all(run, (([image], y) for image, y in inputs.pictures) if args.raw else inputs.loader,
+                answers = run_all(run, (([image], y) for image, y in inputs.decoded) if args.raw else inputs.loader,
                                   form.title)
                 check_answers(name, answers, wanted, targets, args.max_drop, args.raw)
                 rows[form.title] = [path.name, f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
@@ -223,13 +223,13 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
         except Exception as e:  # exporters raise many types of errors
             failed.append(f'{name}: {reason(e, 300)}')
 
-    image, (picture, _) = images[:1], inputs.pictures[0]
+    image, (decoded, _) = images[:1], inputs.decoded[0]
     raw_titles = runs.keys() - modules if args.raw else ()
-    times = latencies(runs, {title: [picture] if title in raw_titles else image for title in runs})
+    times = latencies(runs, {title: [decoded] if title in raw_titles else image for title in runs})
     print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
     if len(rows) > 2:
         print(f'files in {args.output}, each with its metadata in a .json file')
-    preprocessing = f', from {picture.shape[1]} × {picture.shape[0]} pixels in the raw files' if args.raw else ''
+    preprocessing = f', from {decoded.shape[1]} × {decoded.shape[0]} pixels in the raw files' if args.raw else ''
     print(f'latency of one image{preprocessing}, {plural(args.threads, "thread")}\n')
     print('| | file | MB | top-1, % | agreement with PyTorch, % |', 'largest difference of a',
           'probability' if args.raw else 'logit', '| latency, ms | speed, eager = 1 |')
@@ -261,7 +261,7 @@ def choose_data(args: argparse.Namespace, trained: Optional[TrainingData]) -> Co
     if gone := [path for path in trained.paths if not path.exists()]:
         print(f'{args.model} was trained on {abbreviate(gone)}, which no longer exists; --data-dir sets another one')
         return nullcontext()
-    trained.choose(args)
+    trained.fill_in(args)
     print(f'verified on the validation set of training, from {abbreviate(trained.paths) or "the digits"}')
     return folder_or_digits(trained.root)
 

@@ -18,7 +18,7 @@ class TrainingData(NamedTuple):
     """The data set that a model was finetuned on."""
     data_dir: Optional[Path]
     arguments: Dict[str, Any]  # for `open_data`
-    images: str  # `fingerprint` of the data set
+    images_hash: str  # see `fingerprint`
     skip_bad_images: Optional[bool] = None  # the option of this name
 
     @property
@@ -29,9 +29,9 @@ class TrainingData(NamedTuple):
     @property
     def root(self) -> Optional[Path]:
         """Folder of the data set; None for the digits."""
-        return self.data_dir or self.paths[0].parent if self.paths else None
+        return (self.data_dir or self.paths[0].parent) if self.paths else None
 
-    def choose(self, args: argparse.Namespace) -> None:
+    def fill_in(self, args: argparse.Namespace) -> None:
         """Set the data options that were not given to those of the training."""
         options = {**self.arguments, 'skip_bad_images': self.skip_bad_images}
         vars(args).update({key: value for key, value in options.items() if getattr(args, key, None) is None})
@@ -52,7 +52,7 @@ class TrainingData(NamedTuple):
             data = open_data(root, **self.arguments)
         except InputError:
             return None
-        return data if fingerprint(data, root) == self.images else None
+        return data if fingerprint(data, root) == self.images_hash else None
 
 
 def training_data(model: str) -> Optional[TrainingData]:
