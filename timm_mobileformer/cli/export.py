@@ -33,6 +33,7 @@ FORMATS: Dict[str, Tuple[str, ...]] = {  # format: extra of this package, requir
     'aoti': ('',),
 }
 
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Export a model and verify the files against PyTorch: on the validation set of its training, if it\n'

@@ -10,6 +10,7 @@ from .options import batch_size_option, check_alone, device_option, existing_fol
 HELP = 'publish weights on the Hugging Face Hub'
 WORK = 'publishing'
 
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
 Publish weights of a Mobile-Former on the Hugging Face Hub, where pretrained=True finds them:

@@ -9,6 +9,7 @@ SUFFIXES = '.pdf', '.png', '.svg', '.jpg', '.jpeg', '.tif', '.tiff', '.webp'  # 
 HELP = 'draw the attention maps of the tokens'
 WORK = 'attention_figure'
 
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         'Draw the attention maps of the tokens of a Mobile-Former over images, for every block and both directions,\n'

@@ -10,6 +10,7 @@ from .options import existing_file
 HELP = "download the authors' weights ahead of time"
 WORK = 'prefetching'
 
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = """\
 Download the authors' weights from Google Drive to the cache, for offline use with pretrained=True and --pretrained, or
