@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .console import InputError, abbreviate
-from .folders import ImageScan, split_of
+from .folders import ImageScan, split_of, suffix
 from .images import SUFFIXES
 
 __all__ = ['SAMPLE', 'Columns', 'ImageIndex']
@@ -94,7 +94,7 @@ class Columns:
         head = [str(name) for name in rows.iloc[0]] if len(rows) else []
         found = {c: index.locate(rows[c].head(SAMPLE).unique()) for c in rows}
         self.files = self.choose_files(head, found, index)
-        has_values = any(os.path.splitext(name)[1].lower() in SUFFIXES or name and (rows[c].iloc[1:] == name).any()
+        has_values = any(suffix(name) in SUFFIXES or name and (rows[c].iloc[1:] == name).any()
                          for c, name in enumerate(head))  # also if one-hot columns are named 0 and 1
         is_named = head[self.files] and self.usual(FILES, [self.files])
         is_header = not found[self.files].get(head[self.files]) and (is_named or not has_values)
@@ -129,8 +129,8 @@ class Columns:
                              f'row is {abbreviate(map(repr, head), 10)}')
         columns = [c for c in found if num_images(found[c]) >= max(1, most / 2)]
         columns = self.usual(FILES, columns) or columns
-        columns = [c for c in columns if any(os.path.splitext(name)[1].lower() in SUFFIXES for name, paths
-                                             in found[c].items() if paths)] or columns
+        columns = [c for c in columns if any(
+            suffix(name) in SUFFIXES for name, paths in found[c].items() if paths)] or columns
         if len({tuple(p for paths in found[c].values() for p in paths) for c in columns}) > 1:
             raise InputError(f'{self.file} has several columns of images, {self.quoted(columns)}; rename the right one '
                              'to `file` and remove the others')

@@ -10,7 +10,8 @@ from .console import InputError, abbreviate, plural, quote
 from .images import PLUGINS, SUFFIXES
 from .options import ARCHIVES
 
-__all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'natural_order', 'relative', 'split_of']
+__all__ = ['ImageScan', 'Labelled', 'Splits', 'contents', 'find_splits', 'natural_order', 'relative', 'split_of',
+           'suffix']
 
 SPLITS = {  # split -> usual names of its folder, in any case
     'train': ('train', 'training'),
@@ -63,6 +64,7 @@ def list_folder(folder: str) -> Tuple[List[str], List[str]]:
 
 
 def suffix(path: str) -> str:
+    """Return the suffix of a path in lower case, such as `.jpg`."""
     return os.path.splitext(path)[1].lower()
 
 
