@@ -167,6 +167,7 @@ def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, 
 
 
 def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[TrainingData]) -> int:
+    """Export a model, verify the files and print a table; return the exit status, 1 if a format failed."""
     runtime = find_runtime(args.runtime) if args.runtime else None
     model = load_model(args).eval()
     torch.set_num_threads(args.threads)

@@ -242,6 +242,7 @@ def send(repo_id: str, folder: Path, args: argparse.Namespace) -> Tuple[CommitIn
 
 
 def publish_and_verify(candidate: Candidate, repo_id: str, args: argparse.Namespace) -> None:
+    """Upload a model, download it again and compare its output."""
     with tempfile.TemporaryDirectory() as folder:
         save(candidate, Path(folder), repo_id)
         try:

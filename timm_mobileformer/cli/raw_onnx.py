@@ -95,6 +95,9 @@ def add_preprocessing(path: Path, data_config: Dict[str, Any], with_crop: bool =
         data_config: Preprocessing, from `resolve_model_data_config`.
         with_crop: Add an output `crop` (4): top, left, bottom and right of the center crop, as fractions of the image
             height and width.
+
+    Raises:
+        InputError: This preprocessing is not supported in ONNX.
     """
     import onnx
     from onnx import numpy_helper, parser
