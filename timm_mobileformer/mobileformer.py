@@ -32,7 +32,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from .checkpoint import checkpoint_filter_fn
 from .dynamic_relu import DynamicReLU
 from .layers import ChannelShuffle, ConvNorm, LinearNorm, is_in_torch_compile
-from .pretrained import with_weights
+from .pretrained import resolve_weights
 
 try:
     from timm.models import checkpoint
@@ -732,7 +732,7 @@ default_cfgs = generate_default_cfgs({
 
 def _create_mobileformer(variant: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
     strict = kwargs.get('pretrained_strict', not kwargs.get('features_only', False))  # as in timm's load_pretrained
-    with with_weights(variant, pretrained, kwargs) as kwargs:
+    with resolve_weights(variant, pretrained, kwargs) as kwargs:
         return build_model_with_cfg(
             MobileFormer,
             variant,

@@ -17,7 +17,7 @@ from .authors_weights import WEIGHTS, drive_page, file_by_hand, get_authors_weig
 from .checkpoint import CheckpointMismatchError
 from .download_errors import is_xet_error, why
 
-__all__ = ['cached_hub_file', 'find_weights', 'hub_repository', 'with_weights']
+__all__ = ['cached_hub_file', 'find_weights', 'hub_repository', 'resolve_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def find_weights(variant: str, repository: Optional[str], cache_dir: Any = None)
 
 
 @contextmanager
-def with_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
     """Yield the arguments of `build_model_with_cfg`, completed with the source of the weights.
 
     A source given by the caller or TIMM_MOBILEFORMER_HUB is passed to timm, without a fallback.
