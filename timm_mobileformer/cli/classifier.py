@@ -18,7 +18,7 @@ from .metadata import ExportMetadata, describe, is_raw, make_transform, read_met
 __all__ = ['Classifier', 'as_classifier', 'open_classifier']
 
 
-class Attempts(Dataset):
+class ImagesOrErrors(Dataset):
     """Dataset of preprocessed images; an image that cannot be read is replaced by the error message."""
 
     def __init__(self, paths: Sequence[str], read: Any, transform: Any):
@@ -34,15 +34,15 @@ class Attempts(Dataset):
         return len(self.paths)
 
 
-def collate(attempts: List[Union[torch.Tensor, str]]) -> Tuple[torch.Tensor, List[Optional[str]]]:
+def collate(items: List[Union[torch.Tensor, str]]) -> Tuple[torch.Tensor, List[Optional[str]]]:
     """Stack the images of a batch into one tensor, since every tensor of a worker needs two file descriptors.
 
     Returns:
         The images that could be read, and for every image, None or the error message.
     """
-    images = [image for image in attempts if isinstance(image, torch.Tensor)]
+    images = [image for image in items if isinstance(image, torch.Tensor)]
     stacked = default_collate(images) if images else torch.empty(0)
-    return stacked, [image if isinstance(image, str) else None for image in attempts]
+    return stacked, [image if isinstance(image, str) else None for image in items]
 
 
 class Classifier(NamedTuple):
@@ -74,7 +74,7 @@ class Classifier(NamedTuple):
             For each image, its logits (classes), or an error message if it cannot be read.
         """
         loader = DataLoader(
-            Attempts(paths, self.read, self.transform), args.batch_size if self.is_batched else 1,
+            ImagesOrErrors(paths, self.read, self.transform), args.batch_size if self.is_batched else 1,
             num_workers=args.workers, collate_fn=collate)
         with progress(total=len(paths), unit='image') as bar:
             for images, problems in loader:

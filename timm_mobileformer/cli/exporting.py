@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     loader: Loader
     calibration: Optional[Loader]  # images for calibration; None for noise
     targets: Optional[torch.Tensor]  # (N); None if there are no labels
-    what: str  # description
+    description: str
     decoded: Sequence[Tuple[torch.Tensor, int]]  # images (H, W, 3) in uint8 before preprocessing, and targets
 
 
@@ -130,13 +130,13 @@ def latencies(runs: Dict[str, Run], inputs: Dict[str, Any], rounds: int = 50) ->
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def count_changes(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> Tuple[int, int]:
+def count_changes(outputs: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor) -> Tuple[int, int]:
     """Count the images that only PyTorch, and that only the exported file, classifies correctly."""
-    right, was_right = (logits.argmax(1) == targets for logits in (answers, wanted))
+    right, was_right = (logits.argmax(1) == targets for logits in (outputs, expected))
     return int((was_right & ~right).sum()), int((right & ~was_right).sum())
 
 
-def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, max_drop: float,
+def check_outputs(name: str, outputs: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor, max_drop: float,
                   raw: bool = False) -> None:
     """Raise an error if outputs differ from those of PyTorch or, for int8, if accuracy drops.
 
@@ -146,24 +146,24 @@ def check_answers(name: str, answers: torch.Tensor, wanted: torch.Tensor, target
     Raises:
         InputError: The outputs differ or the accuracy drops too much.
     """
-    difference = (answers - wanted).abs().max().item()
-    tolerance = RAW_TOLERANCE if raw else 1e-4 * max(1., wanted.abs().max().item())
+    difference = (outputs - expected).abs().max().item()
+    tolerance = RAW_TOLERANCE if raw else 1e-4 * max(1., expected.abs().max().item())
     if not name.endswith('int8'):
         if not difference <= tolerance:
             raise InputError(f'differs from PyTorch by {difference:.2g}, more than {tolerance:.2g}')
         return
-    lost, won = count_changes(answers, wanted, targets)
+    lost, won = count_changes(outputs, expected, targets)
     drop, by_chance = (100 * n / len(targets) for n in (lost - won, math.sqrt(lost + won)))
     if drop - by_chance > max_drop:
         raise InputError(f'loses {drop:.2f} points on {plural(len(targets), "image")} ({lost} lost, {won} won), more '
                          f'than --max-drop {max_drop:g} and the standard error of {by_chance:.2f}')
 
 
-def compare(answers: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
+def compare(outputs: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor, inputs: Inputs) -> List[str]:
     """Return the table cells top-1, agreement with PyTorch and largest difference; '–' if not available."""
-    same = 100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item()
-    return [f'{accuracy(answers, targets)[0].item():.2f}' if inputs.targets is not None else '–',
-            f'{same:.2f}' if inputs.calibration else '–', f'{(answers - wanted).abs().max().item():.1g}']
+    same = 100 * (outputs.argmax(1) == expected.argmax(1)).float().mean().item()
+    return [f'{accuracy(outputs, targets)[0].item():.2f}' if inputs.targets is not None else '–',
+            f'{same:.2f}' if inputs.calibration else '–', f'{(outputs - expected).abs().max().item():.1g}']
 
 
 def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[TrainingData]) -> int:
@@ -183,16 +183,16 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     images = torch.cat([images for images, _ in inputs.calibration or inputs.loader])
     images = torch.cat([images, images]) if len(images) == 1 else images  # exporters need two for a dynamic batch size
 
-    to_answer = nn.Softmax(dim=1) if args.raw else nn.Identity()
+    activation = nn.Softmax(dim=1) if args.raw else nn.Identity()
     modules = {'PyTorch, as trained': model, 'PyTorch, reparameterized': plain}
-    by_pytorch = {title: to_answer(run_all(module, inputs.loader, title)) for title, module in modules.items()}
-    wanted = by_pytorch['PyTorch, as trained']
-    targets = wanted.argmax(1) if inputs.targets is None else inputs.targets
+    by_pytorch = {title: activation(run_all(module, inputs.loader, title)) for title, module in modules.items()}
+    expected = by_pytorch['PyTorch, as trained']
+    targets = expected.argmax(1) if inputs.targets is None else inputs.targets
     runs: Dict[str, Run] = {**modules}
     rows = {}
-    for title, answers in by_pytorch.items():
+    for title, outputs in by_pytorch.items():
         size = sum(tensor.nbytes for tensor in modules[title].state_dict().values())
-        rows[title] = ['', f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
+        rows[title] = ['', f'{size / 1e6:.2f}', *compare(outputs, expected, targets, inputs)]
     failed: List[str] = []
     changes: List[str] = []
     removed: List[str] = []
@@ -213,13 +213,14 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
                     shape = about['input_shape']
                     write_metadata({**about, 'input_shape': shape if args.raw else [form.batch, *shape[1:]]}, path)
                     run = (load_raw if args.raw else form.load)(path, args.threads)
-                answers = run_all(run, (([image], y) for image, y in inputs.decoded) if args.raw else inputs.loader,
+                outputs = run_all(run, (([image], y) for image, y in inputs.decoded) if args.raw else inputs.loader,
                                   form.title)
-                check_answers(name, answers, wanted, targets, args.max_drop, args.raw)
-                rows[form.title] = [path.name, f'{size / 1e6:.2f}', *compare(answers, wanted, targets, inputs)]
+                check_outputs(name, outputs, expected, targets, args.max_drop, args.raw)
+                rows[form.title] = [path.name, f'{size / 1e6:.2f}', *compare(outputs, expected, targets, inputs)]
                 runs[form.title] = run
                 if name.endswith('int8'):
-                    changes.append('{} lost, {} won in {}'.format(*count_changes(answers, wanted, targets), form.title))
+                    lost, won = count_changes(outputs, expected, targets)
+                    changes.append(f'{lost} lost, {won} won in {form.title}')
             removed += remove_outdated(args.output, about)
         except Exception as e:  # exporters raise many types of errors
             failed.append(f'{name}: {reason(e, 300)}')
@@ -227,7 +228,8 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     image, (decoded, _) = images[:1], inputs.decoded[0]
     raw_titles = runs.keys() - modules if args.raw else ()
     times = latencies(runs, {title: [decoded] if title in raw_titles else image for title in runs})
-    print(f'{architecture}, images of {" × ".join(map(str, data_config["input_size"]))}; checked on {inputs.what}')
+    input_size = ' × '.join(map(str, data_config['input_size']))
+    print(f'{architecture}, images of {input_size}; checked on {inputs.description}')
     if len(rows) > 2:
         print(f'files in {args.output}, each with its metadata in a .json file')
     preprocessing = f', from {decoded.shape[1]} × {decoded.shape[0]} pixels in the raw files' if args.raw else ''
