@@ -101,13 +101,13 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
         raise InputError(f'{path} cannot be read: it is damaged or not an ONNX file ({reason(e, 200)})') from e
     about = read_metadata(session.get_modelmeta().custom_metadata_map, path)
 
-    def answer(inputs: torch.Tensor) -> torch.Tensor:
+    def infer(inputs: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run([about['output_name']], {about['input_name']: inputs.numpy()})[0])
 
     def run(images: torch.Tensor) -> torch.Tensor:
         if not is_raw(about):
-            return answer(images)
-        probabilities = torch.stack(tuple(map(answer, images)))
+            return infer(images)
+        probabilities = torch.stack(tuple(map(infer, images)))
         return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
 
     names = about['label_names']

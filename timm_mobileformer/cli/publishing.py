@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
     source: str  # of --model or --checkpoint
     file: Optional[Path]  # local file of the weights
     x: torch.Tensor
-    answer: torch.Tensor
+    output: torch.Tensor
 
 
 class Accuracy(NamedTuple):
@@ -102,12 +102,12 @@ def check(args: argparse.Namespace) -> Candidate:
         raise InputError(f'{source}: NaN or infinity in {abbreviate(broken)}')
     x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        answer = model(x)
-    if not answer.isfinite().all():
+        output = model(x)
+    if not output.isfinite().all():
         raise InputError(f'{source}: the model outputs NaN or infinity')
     variant = model.pretrained_cfg['architecture']
     print(f'{source}: fits {variant}, {sum(p.numel() for p in model.parameters()):,} parameters, all finite')
-    return Candidate(model, source, file, x, answer)
+    return Candidate(model, source, file, x, output)
 
 
 def save(candidate: Candidate, folder: Path, repo_id: str) -> None:
@@ -125,8 +125,8 @@ def verify(name: str, candidate: Candidate) -> None:
     with tempfile.TemporaryDirectory() as cache:
         model = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
     with torch.inference_mode():
-        answer = model(candidate.x)
-    if not torch.equal(answer, candidate.answer):
+        output = model(candidate.x)
+    if not torch.equal(output, candidate.output):
         raise InputError(f'the outputs of {name} differ from those of {candidate.source}')
 
 
