@@ -43,7 +43,7 @@ def draw(
     """Draw an image, its most likely classes, and the attention of every token in every block, in both directions.
 
     Attention is averaged over the heads and drawn relative to uniform attention, over the positions for Mobile->Former
-    and over the tokens for Mobile<-Former, so that maps of all sizes share one colour scale.
+    and over the tokens for Mobile<-Former, so that maps of all sizes share one color scale.
 
     Args:
         image: Input image of the model (3, H, W), values from 0 to 1.
@@ -77,7 +77,7 @@ def draw(
         shorten(text(0.2, y, name[:100], fontsize=8, va='top', weight=weight), size - 0.45)
         text(0.2 + size, y, f'{probability:.1%}', fontsize=8, va='top', ha='right', weight=weight)
 
-    colours, opacity = colormaps['RdBu_r'], 0.75
+    colors, opacity = colormaps['RdBu_r'], 0.75
     gray = image.mean(0)[..., None].numpy()
     for top_y, heading, unit, limit, extend, directed in (
             (0., 'Mobile→Former: positions that each token gathers from', 'relative to uniform', 8, 'both',
@@ -101,10 +101,10 @@ def draw(
             heat = attn.float().mean(1) * (num if directed[-1] is None else h * w)
             for token, ratio in enumerate(F.interpolate(heat, image.shape[1:])[0].numpy()):
                 ax = axes(x, y + token * step, cell, cell)
-                ax.imshow(opacity * colours(norm(ratio))[..., :3] + (1 - opacity) * gray)
+                ax.imshow(opacity * colors(norm(ratio))[..., :3] + (1 - opacity) * gray)
                 ax.set_axis_off()
         ax = axes(x0 + len(maps) * step + 0.06, y, 0.09, (num_tokens - 1) * step + cell)
-        bar = fig.colorbar(ScalarMappable(norm, colours), cax=ax, extend=extend)
+        bar = fig.colorbar(ScalarMappable(norm, colors), cax=ax, extend=extend)
         ticks = {2.**k: f'{2**k}' if k >= 0 else f'1/{2**-k}' for k in range(-3, 4) if 2.**abs(k) <= limit}
         bar.set_ticks(list(ticks), labels=list(ticks.values()), minor=False)
         bar.ax.tick_params(labelsize=6.5)

@@ -89,7 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     device_option(group)
     group.add_argument('--amp', action='store_true', default=None, help='use mixed precision (bfloat16)')
     workers_option(group, None)
-    threads_option(group, None, 'one a core, less --workers')
+    threads_option(group, None, 'one per core, minus --workers')
 
 
 def resolve_options(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Decoding of images: orientation, colour profiles, transparency, grayscale of more than 8 bits."""
+"""Decoding of images: orientation, color profiles, transparency, grayscale of more than 8 bits."""
 import importlib
 import importlib.util
 import io

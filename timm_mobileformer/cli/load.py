@@ -174,7 +174,7 @@ def load_model(
 
     Args:
         args: Command-line options.
-        num_classes: Number of classes; a model without weights is then initialised at random. By default, the number
+        num_classes: Number of classes; a model without weights is then initialized at random. By default, the number
             of classes of the weights, which are required then.
         resumed: Preprocessing of a run to resume, for which no weights are loaded here.
         **kwargs: Further arguments of `timm.create_model`.
