@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     class_map_option(group)
 
     group = parser.add_argument_group('data for verification and int8 calibration')
-    data_options(group, "the training data of a finetuned model, if it still exists")
+    data_options(group, 'the training data of a finetuned model, if it still exists')
     group.add_argument('--images', metavar='PATH', type=Path, nargs='+',
                        help='unlabelled images, or folders of images, to use instead')
 

@@ -6,4 +6,4 @@ WORK = 'model_table'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = 'List the Mobile-Formers, their size and cost, the paper\'s accuracy, and where weights are.'
+    parser.description = 'List the Mobile-Formers with their size, cost, accuracy in the paper and cached weights.'

@@ -21,7 +21,7 @@ write them to a folder for local-dir: and --model:
     parser.add_argument('model', nargs='?', metavar='NAME', choices=AUTHORS_FILES, help=abbreviate(AUTHORS_FILES, 7))
     parser.add_argument('--all', action='store_true', help='download all variants')
     parser.add_argument('--checkpoint', metavar='FILE', type=existing_file,
-                        help="manually downloaded file; replaces the cached weights")
+                        help='manually downloaded file; replaces the cached weights')
     parser.add_argument('--output', type=Path, metavar='DIR',
                         help='folder to write config.json and model.safetensors to; with --all, one subfolder for each '
                              'variant')
