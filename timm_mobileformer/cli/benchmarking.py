@@ -7,12 +7,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, Dict, List, Optional
+from typing import Any, ContextManager, Dict, List, Optional
 
 import timm
 import torch
@@ -104,11 +103,9 @@ def start(row: Row, runtime: str, threads: int) -> Callable[[], Any]:
     return lambda: call(x)
 
 
-@contextmanager
-def many_compiled() -> Iterator[None]:
+def many_compiled() -> ContextManager[Any]:
     """Raise the recompile limits of `torch.compile`, which count all models that share the code of `forward`."""
-    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
-        yield
+    return torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000)
 
 
 @torch.inference_mode()
