@@ -317,17 +317,18 @@ def test_files_are_whole_or_not_there_and_have_the_permissions_that_the_umask_sa
 
 
 @pytest.mark.parametrize('args', [
-    ('export', 'onnx', '--model', 'test_mobileformer', '--checkpoint', 'FILE'),
-    ('evaluate', '--model', 'test_mobileformer', '--checkpoint', 'FILE', '--data-dir', '.'),
-    ('benchmark', '--model', 'test_mobileformer')])
+    ('export', 'onnx', '--checkpoint', 'FILE', '--output'),
+    ('evaluate', '--checkpoint', 'FILE', '--data-dir', '.', '--output'),
+    ('publish', '--checkpoint', 'FILE', '--dry-run'),
+    ('benchmark', '--output')])
 def test_files_that_belong_together_are_of_one_command_since_a_second_is_refused(args, tmp_path, capsys, monkeypatch):
     if args[0] == 'export':
         pytest.importorskip('onnxscript')
     monkeypatch.chdir(tmp_path)
     Path('FILE').touch()
     with claim(Path('out')):
-        assert refused(capsys, *args, '--output', 'out') == (
-            'another run is writing to out; name another folder with --output')
+        assert refused(capsys, *args, 'out', '--model', 'test_mobileformer') == (
+            'another run is writing to out; use another folder')
     assert os.listdir() == ['FILE']
 
 

@@ -2,6 +2,7 @@
 import argparse
 import os
 import tempfile
+from contextlib import nullcontext
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from .load import load_mobileformer, pick_device, read_checkpoint
 from .model_card import model_card
 from .prefetching import fetch
 from .report import measure
+from .run_state import claim
 
 __all__ = ['run']
 
@@ -275,11 +277,12 @@ def write_dry(candidate: Candidate, repo_id: str, target: Path) -> None:
 def publish(args: argparse.Namespace) -> int:
     if args.validate_only:
         return validate_only(args)
-    for candidate, repo_id in list(map(prepare, every_model(args))):  # check all before the first upload
-        if args.dry_run:
-            write_dry(candidate, repo_id, args.dry_run / repo_id.split('/')[1] if args.all else args.dry_run)
-        else:
-            publish_and_verify(candidate, repo_id, args)
+    with claim(args.dry_run) if args.dry_run else nullcontext():
+        for candidate, repo_id in list(map(prepare, every_model(args))):  # check all before the first upload
+            if args.dry_run:
+                write_dry(candidate, repo_id, args.dry_run / repo_id.split('/')[1] if args.all else args.dry_run)
+            else:
+                publish_and_verify(candidate, repo_id, args)
     return 0
 
 

@@ -39,11 +39,11 @@ def claim(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as e:
-        raise InputError(f'another run is writing to {folder}; name another folder with --output') from e
+        raise InputError(f'another run is writing to {folder}; use another folder') from e
     except FileExistsError as e:
-        raise InputError(f'{folder} is a file; name a folder with --output') from e
+        raise InputError(f'{folder} is a file; use a folder') from e
     except OSError as e:
-        raise InputError(f'{folder} cannot be written to ({e.strerror}); name another with --output') from e
+        raise InputError(f'{folder} cannot be written to ({e.strerror}); use another folder') from e
     try:
         remove_unfinished(folder)
         yield
