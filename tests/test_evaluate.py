@@ -261,9 +261,13 @@ def test_a_finetuned_model_is_measured_on_what_it_was_not_trained_on(work, tmp_p
     for args in (), ('--data-dir', work / 'images'):  # the folder has no split, and most of it was trained on
         printed = evaluate(*args)
         assert line(printed, 'validation set of the training: top-1').split(':')[1] == trained.split(':')[1]
-    (work / 'images' / 'one.csv').write_text('file,label\n' + ''.join(
-        f'{path.relative_to(work / "images")},{path.parent.name}\n'
-        for path in [next(folder.iterdir()) for folder in sorted((work / 'images').iterdir()) if folder.is_dir()]))
+    copy = shutil.copytree(work / 'images', tmp_path / 'copy')
+    for table, number in (copy / 'all.csv', None), (work / 'images' / 'one.csv', 1):
+        table.write_text('file,label\n' + ''.join(
+            f'{folder.name}/{name},{folder.name}\n' for folder in sorted(table.parent.iterdir()) if folder.is_dir()
+            for name in os.listdir(folder)[:number]))
+    printed = evaluate('--labels', copy / 'all.csv')
+    assert line(printed, 'validation set of the training: top-1').split(':')[1] == trained.split(':')[1]
     printed = evaluate('--data-dir', work / 'images', '--labels', work / 'images' / 'one.csv')
     assert 'may include training images' in printed and 'validation set of the training' not in printed
     (work / 'images' / 'one.csv').unlink()

@@ -37,19 +37,18 @@ class TrainingData(NamedTuple):
         vars(args).update({key: value for key, value in options.items() if getattr(args, key, None) is None})
 
     def open(self, root: Path, args: argparse.Namespace) -> Optional[Data]:
-        """Open a folder as in training.
+        """Open a folder as in training; the folder and the table of labels may be copies.
 
         Returns:
             The data set; None if data options were given that are not those of the training, or if the folder does not
             hold the images that the model was trained on.
         """
-        def resolve(value: Any) -> Any:
-            return value.resolve() if isinstance(value, Path) else value
-
-        if any(resolve(value) != resolve(self.arguments.get(key)) for key, value in data_arguments(args).items()):
+        given = data_arguments(args)
+        labels = given.pop('labels', self.arguments.get('labels'))
+        if any(value != self.arguments.get(key) for key, value in given.items()):
             return None
         try:
-            data = open_data(root, **self.arguments)
+            data = open_data(root, **{**self.arguments, 'labels': labels})
         except InputError:
             return None
         return data if fingerprint(data, root) == self.images_hash else None
