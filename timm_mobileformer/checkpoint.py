@@ -87,9 +87,9 @@ def _authors_names(keys: Iterable[str]) -> Dict[str, str]:
     return names
 
 
-def _name_some(names: Iterable[str], limit: int = 10) -> str:
+def _name_some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+    return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
 def checkpoint_filter_fn(

@@ -118,10 +118,10 @@ def run_all(run: Run, loader: Loader, desc: str) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def latencies(runs: Dict[str, Run], inputs: Dict[str, Any], rounds: int = 50) -> Dict[str, float]:
+def latencies(runs: Dict[str, Run], inputs: Dict[str, Any]) -> Dict[str, float]:
     """Measure the median latency for one image in milliseconds, interleaved so that system load affects all alike."""
     times: Dict[str, List[float]] = {name: [] for name in runs}
-    for _ in progress(range(rounds), 'latency'):
+    for _ in progress(range(50), 'latency'):
         for name, run in runs.items():
             run(inputs[name])  # warm up the caches
             start = time.perf_counter()

@@ -101,14 +101,14 @@ def draw_confusion(path: Path, confusion: 'Confusion', classes: Sequence[str]) -
     save_figure(figure, path)
 
 
-def name_lines(name: str, width: int = 22, rows: int = 3) -> str:
-    """Wrap a class name into a few short lines."""
-    return '\n'.join(textwrap.wrap(shorten(name, width * rows - 8), width) or ['?'])
+def name_lines(name: str) -> str:
+    """Wrap a class name into a few lines of at most 22 characters."""
+    return '\n'.join(textwrap.wrap(shorten(name, 58), 22))
 
 
 def draw_mistakes(path: Path, paths: Sequence[str], scores: 'Scores', classes: Sequence[str],
-                  read: Callable[[str], Any], rows: int = 5, cols: int = 6) -> None:
-    """Draw images with their predictions: the mistakes, then the others, each in descending order of the loss.
+                  read: Callable[[str], Any]) -> None:
+    """Draw up to 30 images with their predictions: mistakes, then others, each in descending order of the loss.
 
     Args:
         path: File to write.
@@ -116,16 +116,14 @@ def draw_mistakes(path: Path, paths: Sequence[str], scores: 'Scores', classes: S
         scores: Predictions for the N images.
         classes: Class names.
         read: Function that reads an image.
-        rows: Maximum number of rows.
-        cols: Maximum number of columns.
     """
     from matplotlib.figure import Figure
 
     correct = (scores.predictions == scores.targets).tolist()
     predictions, targets, confidence = (
         values.tolist() for values in (scores.predictions, scores.targets, scores.confidence))
-    order = sorted(range(len(targets)), key=lambda i: (correct[i], -scores.loss[i].item()))[:rows * cols]
-    cols = min(cols, len(order))
+    order = sorted(range(len(targets)), key=lambda i: (correct[i], -scores.loss[i].item()))[:30]
+    cols = min(6, len(order))
     rows = math.ceil(len(order) / cols)
     figure = Figure(figsize=(max(2 * cols, 6), 2.6 * rows + 0.6), dpi=110, layout='constrained')
     figure.suptitle(f'{correct.count(False):,} of {plural(len(targets), "image")} misclassified (red), then the least '
