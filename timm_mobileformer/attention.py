@@ -5,10 +5,11 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 from einops import rearrange
+from timm.models._features import FeatureGetterNet
 
-from .mobileformer import FeatureGetterNet, FormerToMobile, MobileFormer, MobileToFormer
+from .mobileformer import FormerToMobile, MobileFormer, MobileToFormer
 
-__all__ = ['BridgeAttention', 'attention_maps']
+__all__ = ['BridgeAttention', 'attention_maps', 'recording']
 
 
 class BridgeAttention(NamedTuple):

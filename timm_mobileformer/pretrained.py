@@ -17,7 +17,7 @@ from .authors_weights import WEIGHTS, drive_page, file_by_hand, get_authors_weig
 from .checkpoint import CheckpointMismatchError
 from .download_errors import is_xet_error, why
 
-__all__ = ['cached_hub_file', 'find_weights', 'hub_repository', 'resolve_weights']
+__all__ = ['cached_hub_file', 'hub_repository', 'resolve_weights']
 
 _logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from timm_mobileformer.download_errors import why
 from .console import InputError, plural, quote, reason
 
 __all__ = [
-    'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args', 'pick_device',
-    'read_checkpoint', 'read_names', 'reading_options', 'set_data_config', 'set_white_level']
+    'HAVE_WEIGHTS', 'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args',
+    'pick_device', 'read_checkpoint', 'read_names', 'reading_options', 'set_data_config', 'set_white_level']
 
 HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
 MODES = {1: 'L', 3: 'RGB'}  # Pillow modes by number of channels

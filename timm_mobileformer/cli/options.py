@@ -13,10 +13,10 @@ from timm_mobileformer import __version__, versions
 from .console import InputError, abbreviate, missing
 
 __all__ = [
-    'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_alone', 'check_exist', 'check_label_pattern',
-    'check_onnx', 'check_output', 'class_map_option', 'data_arguments', 'data_options', 'device_option',
-    'existing_file', 'existing_folder', 'folder_options', 'fraction', 'img_size_option', 'model_options', 'option',
-    'parse', 'threads_option', 'workers_option']
+    'ARCHIVES', 'DATA_OPTIONS', 'SUBCOMMANDS', 'at_least', 'batch_size_option', 'check_alone', 'check_exist',
+    'check_label_pattern', 'check_onnx', 'check_output', 'class_map_option', 'data_arguments', 'data_options',
+    'device_option', 'existing_file', 'existing_folder', 'folder_options', 'fraction', 'img_size_option',
+    'model_options', 'option', 'parse', 'threads_option', 'workers_option']
 
 SUBCOMMANDS = (
     'models', 'finetune', 'evaluate', 'predict', 'tokens', 'export', 'benchmark', 'weights', 'publish', 'recipe')

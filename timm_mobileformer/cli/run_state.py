@@ -18,7 +18,7 @@ from .folders import relative
 from .metadata import PREPROCESSING
 from .report import History, best_epoch
 
-__all__ = ['check_is_free', 'claim', 'fingerprint', 'read_state', 'save_epoch']
+__all__ = ['PATHS', 'check_is_free', 'claim', 'fingerprint', 'read_state', 'save_epoch']
 
 PATHS = 'data_dir', 'labels', 'checkpoint'  # options that are paths
 
