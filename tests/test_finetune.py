@@ -2,12 +2,14 @@
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -24,9 +26,10 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import RandomSampler
 
-from timm_mobileformer.cli import main
+from timm_mobileformer.cli import main, training
 from timm_mobileformer.cli.batches import EvenBatches, make_loaders, set_batches
 from timm_mobileformer.cli.data import open_data
+from timm_mobileformer.cli.run_state import save_epoch
 
 TINY = ('--model', 'test_mobileformer', '--img-size', '64', '--epochs', '2', '--batch-size', '16',
         '--epoch-repeats', '1', '--device', 'cpu', '--workers', '0')
@@ -284,11 +287,11 @@ def test_a_run_of_a_model_of_a_fixed_size_is_resumed_with_the_size_of_its_weight
 def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path, shapes, capsys):
     settings = ('--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
     with subprocess.Popen(command(*settings, '--epoch-repeats', 10000, '--workers', 1), stdout=subprocess.PIPE,
-                          text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'}) as first:
+                          text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'}, start_new_session=True) as first:
         next(line for line in first.stdout if 'training and ' in line)
         for named in settings, ('--resume', tmp_path / 'out'):
             assert f'another run is writing to {tmp_path / "out"}' in refused(capsys, *named)
-        first.kill()  # before its first epoch ends
+        os.killpg(first.pid, signal.SIGKILL)  # before its first epoch ends; a worker that just starts would live on
     assert 'has no run to resume' in refused(capsys, '--resume', tmp_path / 'out')
     assert not run_here(*settings)
     assert {f.name for f in (tmp_path / 'out').iterdir()} == FILES
@@ -469,6 +472,53 @@ def test_pictures_that_cannot_be_read_are_named_before_training(tmp_path, shapes
     line = refused(capsys, '--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
     assert f'1 of 64 images cannot be used: {path}' in line
     assert os.listdir(tmp_path / 'out') == ['bad_images.csv']  # the same command starts once the image is mended
+
+
+@pytest.mark.parametrize('workers, spoil, problem', [
+    (0, lambda path: path.write_bytes(path.read_bytes()[:-40]), ''),
+    (1, lambda path: path.write_bytes(b'no image'), 'cannot identify image file'),
+    (1, lambda path: path.unlink(), 'No such file or directory')])
+def test_a_picture_that_is_spoilt_in_training_is_named_and_the_run_goes_on(
+        tmp_path, shapes, capsys, monkeypatch, workers, spoil, problem):
+    out, path = tmp_path / 'out', shapes / 'train' / 'circle' / '3.jpg'
+    good = path.read_bytes()
+
+    def save_and_spoil(*args):
+        save_epoch(*args)
+        if path.exists() and path.read_bytes() == good:
+            spoil(path)
+
+    monkeypatch.setattr(training, 'save_epoch', save_and_spoil)
+    settings = ('--data-dir', shapes, *TINY, '--epochs', 4, '--workers', workers, '--output', out)
+    line = refused(capsys, *settings)
+    assert re.search(rf'^error: {path} can no longer be read: .*{problem}.*; \d of 4 epochs done, to continue: ', line)
+    path.write_bytes(good)
+    monkeypatch.undo()
+    assert not run_here('--resume', out)
+    assert len(top1_by_epoch(out)) == 4
+
+
+def test_a_run_whose_worker_is_killed_or_whose_report_is_interrupted_ends_in_one_line_and_goes_on(
+        tmp_path, shapes, capsys, monkeypatch):
+    out = tmp_path / 'out'
+
+    def save_and_kill(*args):
+        save_epoch(*args)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # as the kernel does when memory is full
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, 'save_epoch', save_and_kill)
+    line = refused(capsys, '--data-dir', shapes, *TINY, '--epochs', 4, '--workers', 1, '--output', out)
+    assert re.search('^error: a worker that reads images was killed .*; 1 of 4 epochs done, to continue: ', line)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, 'report', interrupt)
+    assert run_here('--resume', out) == 130
+    assert 'interrupted; 4 of 4 epochs done, to continue: ' in capsys.readouterr().err
+    monkeypatch.undo()
+    assert not run_here('--resume', out)
+    assert {f.name for f in out.iterdir()} == FILES
 
 
 def test_a_loss_that_is_no_number_ends_training_in_one_line(tmp_path, shapes, capsys):

@@ -328,7 +328,7 @@ def test_validation_images_are_cached_if_they_fit_into_the_budget(tmp_path):
         file.unlink()
     loader.loader = kept
     assert all(torch.equal(got[0], want[0]) for got, want in zip(loader, wanted, strict=True))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError):
         list(not_kept)
 
 

@@ -20,7 +20,14 @@ SECONDS = 30  # between lines of progress without a terminal
 
 
 class InputError(Exception):
-    """Error in an input of the user; the message states the problem and, where possible, the solution."""
+    """Error in an input of the user; the message states the problem and, where possible, the solution.
+
+    A DataLoader raises the error of a worker again with the worker's traceback as its message, of which only the
+    original message is kept.
+    """
+
+    def __init__(self, message: str = '') -> None:
+        super().__init__(message.rpartition(f'{__name__}.InputError: ')[2].rstrip('\n'))
 
 
 def printable(text: str) -> str:

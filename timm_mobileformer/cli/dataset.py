@@ -12,6 +12,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
+from .console import InputError, reason
 from .images import decode, read_image, use_image
 
 __all__ = ['ImageDataset', 'read_crop']
@@ -73,6 +74,9 @@ class ImageDataset(Dataset):
     Args:
         samples: Path and class index of each image.
         **reading: Keyword arguments of `read_crop` and `read_image`.
+
+    Raises:
+        InputError: An image cannot be read, for instance since its file was changed or removed after `check_images`.
     """
     transform: Any = None
 
@@ -83,10 +87,12 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
         first, *others = self.transform.transforms
-        if isinstance(first, RandomResizedCropAndInterpolation):
-            image = read_crop(path, first, **self.reading)
-        else:
-            image = first(read_image(path, **self.reading))
+        is_crop = isinstance(first, RandomResizedCropAndInterpolation)
+        try:
+            image = read_crop(path, first, **self.reading) if is_crop else read_image(path, **self.reading)
+        except Exception as e:  # Pillow's decoders raise exceptions of many types
+            raise InputError(f'{path} can no longer be read: {getattr(e, "strerror", None) or reason(e)}') from e
+        image = image if is_crop else first(image)
         return Compose(others)(image), target
 
     def __len__(self) -> int:
