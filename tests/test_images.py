@@ -400,8 +400,8 @@ def saved_model(folder, channels):
 def test_the_white_level_is_saved_with_the_model_for_prediction_and_export(tmp_path, gray_images, channels, capsys):
     work = tmp_path / 'work'
     start = saved_model(tmp_path / 'start', channels)
-    assert not main(['finetune', '--data-dir', str(gray_images), '--model', start, '--epochs', '1', '--workers', '0',
-                     '--output', str(work)])
+    assert not main(['finetune', '--data-dir', str(gray_images), '--model', start, '--img-size', '32', '--epochs', '1',
+                     '--workers', '0', '--output', str(work)])
     model: Any = timm.create_model(f'local-dir:{work}', pretrained=True).eval()
     data_config = resolve_model_data_config(model)
     about = describe(model, data_config, ['a', 'b'])

@@ -173,7 +173,7 @@ def load_model(
     Its `pretrained_cfg` holds the preprocessing of its training if known, else the default of timm.
 
     Args:
-        args: Command-line options.
+        args: Command-line options; `in_chans` is set for `resolve_model_data_config`.
         num_classes: Number of classes; a model without weights is then initialized at random. By default, the number
             of classes of the weights, which are required then.
         resumed: Preprocessing of a run to resume, for which no weights are loaded here.
@@ -206,7 +206,9 @@ def load_model(
     except Exception as e:  # files, downloads and models raise many types of errors
         raise InputError(what_failed(args, e, file)) from e
     model.pretrained_cfg.pop('state_dict', None)
+    args.in_chans = model.pretrained_cfg['input_size'][0]  # timm assumes 3 for an input size of `--img-size`
     if trained:
+        trained = {**trained, 'in_chans': args.in_chans}
         set_data_config(model, trained)
     if file:  # other weights have the white level in their config
         set_white_level(model, trained.get('white_level'))
