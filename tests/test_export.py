@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from contextlib import redirect_stdout
@@ -31,6 +32,7 @@ from timm_mobileformer import MobileFormer
 from timm_mobileformer.cli import exporting, formats, main, options
 from timm_mobileformer.cli.console import InputError
 from timm_mobileformer.cli.images import read_image
+from timm_mobileformer.cli.metadata import to_pixels
 
 
 def needs(name):
@@ -277,6 +279,40 @@ def test_the_lines_in_the_docs_classify_as_pytorch_does(small, photos, tmp_path,
         assert name == f'class {wanted.argmax()}'
         greatest = 100 * wanted.softmax(1).max().item()
         assert float(percent.strip('%')) == pytest.approx(greatest, abs=1 if is_raw else 0.02)
+
+
+@needs('onnx')
+def test_a_model_for_transformers_js_classifies_as_pytorch_does(small, photos, tmp_path, monkeypatch):
+    named, file = small
+    if json.loads(Path(f'{file}.json').read_text())['input_name'] != 'image':
+        return  # not a raw file
+    docs = (Path(exporting.__file__).parents[1] / 'docs' / 'deployment.md').read_text().split('### transformers.js')[1]
+    python, javascript = (re.search(rf'```{name}\n(.*?)```', docs, re.DOTALL)[1] for name in ('python', 'javascript'))
+    monkeypatch.setattr(sys, 'argv', ['to_transformers_js.py', str(file), str(tmp_path / 'models' / 'mine')])
+    exec(python, {})
+    session, raw = (formats.open_onnx(path) for path in (tmp_path / 'models/mine/onnx/model.onnx', file))
+    for path in sorted(photos.iterdir()):
+        pixels = to_pixels(Image.open(path)).numpy()
+        wanted, = raw.run(None, {'image': pixels})
+        logits, = session.run(['logits'], {'pixel_values': pixels.transpose(2, 0, 1)[None].astype('float32')})
+        torch.testing.assert_close(torch.from_numpy(logits).softmax(1)[0], torch.from_numpy(wanted), atol=1e-6, rtol=0)
+    if not Path('node_modules/@huggingface/transformers').is_dir():
+        pytest.skip('npm install @huggingface/transformers brings the pipeline')
+    (tmp_path / 'node_modules').symlink_to(Path('node_modules').resolve())
+    (tmp_path / 'classify.mjs').write_text(
+        'console.log = found => process.stdout.write(JSON.stringify(found));\n' + javascript)
+    model = timm.create_model(
+        'test_mobileformer', pretrained=True, pretrained_cfg_overlay=dict(file=named[-1], num_classes=7),
+        num_classes=7).eval()
+    transform = create_transform(**resolve_model_data_config(model, {'img_size': 96}))
+    for path in sorted(photos.iterdir())[:2]:
+        shutil.copy(path, tmp_path / 'photo.png')
+        done = subprocess.run(['node', 'classify.mjs'], cwd=tmp_path, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout)[0]
+        with torch.inference_mode():
+            probabilities = model(transform(read_image(path))[None]).softmax(1)[0]
+        assert found['label'] == f'class {probabilities.argmax()}'
+        assert found['score'] == pytest.approx(probabilities.max().item(), abs=0.01)
 
 
 @needs('onnx')
