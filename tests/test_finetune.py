@@ -504,7 +504,8 @@ def test_a_run_whose_worker_is_killed_or_whose_report_is_interrupted_ends_in_one
 
     def save_and_kill(*args):
         save_epoch(*args)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # as the kernel does when memory is full
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)  # as the kernel does when memory is full
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import resource
+import signal
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_mobileformer.cli import main
+from timm_mobileformer.cli import classifier, main
 from timm_mobileformer.cli.images import read_image
 
 
@@ -100,6 +101,20 @@ def test_a_batch_may_have_more_images_than_files_may_be_open(run, work, tmp_path
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert (status, rows) == wanted and status == 1 and len(rows) == 300 and rows[100]['problem']
+
+
+def test_a_worker_that_is_killed_is_one_line(work, monkeypatch, capsys):
+    def kill(*args):
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory is full
+
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(classifier.ImagesOrErrors, '__getitem__', kill)
+    assert main(['predict', 'photos', '--model', 'test_mobileformer', '--checkpoint', 'weights.pth', '--workers', '1']
+                ) == 2
+    out, err = capsys.readouterr()
+    assert re.search('^error: a worker that reads images was killed .*; if memory ran out, try fewer --workers$', err,
+                     re.MULTILINE)
+    assert 'Traceback' not in err
 
 
 def test_a_table_and_nothing_else_is_written_whatever_it_is_called(run, work):

@@ -8,7 +8,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .console import InputError, progress, reason
+from .console import InputError, progress, reason, worker_errors
 from .formats import open_onnx
 from .image_checks import try_to_read
 from .images import decode
@@ -72,11 +72,14 @@ class Classifier(NamedTuple):
 
         Yields:
             For each image, its logits (classes), or an error message if it cannot be read.
+
+        Raises:
+            InputError: A worker was killed.
         """
         loader = DataLoader(
             ImagesOrErrors(paths, self.read, self.transform), args.batch_size if self.is_batched else 1,
             num_workers=args.workers, collate_fn=collate)
-        with progress(total=len(paths), unit='image') as bar:
+        with worker_errors(), progress(total=len(paths), unit='image') as bar:
             for images, problems in loader:
                 logits = iter(self.run(images) if len(images) else ())
                 yield from (problem or next(logits) for problem in problems)

@@ -14,20 +14,13 @@ from typing import Any, Iterable
 from tqdm import tqdm
 
 __all__ = ['InputError', 'abbreviate', 'close_bars', 'missing', 'plural', 'printable', 'progress',
-           'quiet_unless_it_fails', 'quote', 'reason']
+           'quiet_unless_it_fails', 'quote', 'reason', 'worker_errors']
 
 SECONDS = 30  # between lines of progress without a terminal
 
 
 class InputError(Exception):
-    """Error in an input of the user; the message states the problem and, where possible, the solution.
-
-    A DataLoader raises the error of a worker again with the worker's traceback as its message, of which only the
-    original message is kept.
-    """
-
-    def __init__(self, message: str = '') -> None:
-        super().__init__(message.rpartition(f'{__name__}.InputError: ')[2].rstrip('\n'))
+    """Error in an input of the user; the message states the problem and, where possible, the solution."""
 
 
 def printable(text: str) -> str:
@@ -110,6 +103,24 @@ def quiet_unless_it_fails() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(shown, 2)
             os.close(shown)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Raise an `InputError` of one line for the errors of a DataLoader's workers.
+
+    PyTorch raises the `InputError` of a worker with a traceback in its message, and errors of several types if a worker
+    was killed.
+    """
+    try:
+        yield
+    except InputError as e:
+        raise InputError(str(e).rpartition('InputError: ')[2].rstrip()) from e
+    except (ConnectionError, EOFError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not str(e).startswith('DataLoader worker'):
+            raise
+        raise InputError(
+            f'a worker that reads images was killed ({reason(e)}); if memory ran out, try fewer --workers') from e
 
 
 def close_bars() -> None:

@@ -14,7 +14,7 @@ from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms import Compose
 
-from .console import InputError, abbreviate, plural, progress, quiet_unless_it_fails, quote, reason
+from .console import InputError, abbreviate, plural, progress, quiet_unless_it_fails, quote, reason, worker_errors
 from .data import BAD_IMAGES, open_data
 from .dataset import ImageDataset
 from .digits import folder_or_digits
@@ -166,6 +166,7 @@ def compare(outputs: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor
             f'{same:.2f}' if inputs.calibration else '–', f'{(outputs - expected).abs().max().item():.1g}']
 
 
+@worker_errors()
 def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[TrainingData]) -> int:
     """Export a model, verify the files and print a table; return the exit status, 1 if a format failed."""
     runtime = find_runtime(args.runtime) if args.runtime else None

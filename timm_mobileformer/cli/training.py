@@ -25,7 +25,7 @@ from timm.utils import AverageMeter, random_seed
 from torch.optim.swa_utils import update_bn
 
 from .batches import epoch_seed, make_loaders, set_batches
-from .console import InputError, plural, progress, quote, reason
+from .console import InputError, plural, progress, quote, worker_errors
 from .data import BAD_IMAGES, Data, open_data
 from .digits import folder_or_digits
 from .files import atomic_dir
@@ -48,7 +48,6 @@ from .report_figures import draw_curve
 from .run_state import PATHS, check_is_free, claim, fingerprint, read_state, save_epoch
 
 BATCH_NORM_IMAGES = 256  # for estimating the statistics of BatchNorm
-CONNECTION_LOST = ConnectionResetError, ConnectionRefusedError, EOFError  # to a worker that was killed
 
 
 def resumed_options(args: argparse.Namespace, state: Dict[str, Any]) -> argparse.Namespace:
@@ -260,18 +259,14 @@ def finetune(args: argparse.Namespace, root: Path, state: Optional[Dict[str, Any
     kwargs = {**model_args(find_model(args.model), model.pretrained_cfg), 'num_classes': len(data.classes)}
     save = partial(save_epoch, args, model, kwargs, images_hash)
     try:
-        train(args, model, loaders, history, save, state and state['optimizer'])
-        model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # report on the saved weights
-        report(args, root, data, loaders[1], model, history)
-    except (InputError, KeyboardInterrupt, RuntimeError, *CONNECTION_LOST) as e:
-        if isinstance(e, RuntimeError) and not str(e).startswith('DataLoader worker'):
-            raise
-        kind, message = (KeyboardInterrupt if isinstance(e, KeyboardInterrupt) else InputError), str(e)
-        if not isinstance(e, (InputError, KeyboardInterrupt)):
-            message = f'a worker that reads images was killed ({reason(e)}); if memory ran out, try fewer --workers'
+        with worker_errors():
+            train(args, model, loaders, history, save, state and state['optimizer'])
+            model.load_state_dict(load_state_dict(str(args.output / 'model.safetensors')))  # report on saved weights
+            report(args, root, data, loaders[1], model, history)
+    except (InputError, KeyboardInterrupt) as e:
         hint = (f'; {len(history)} of {plural(args.epochs, "epoch")} done, to continue: '
                 f'timm-mobileformer finetune --resume {quote(args.output)}')
-        raise kind(f'{message}{hint}' if history else message) from e
+        raise type(e)(f'{e}{hint}' if history else str(e)) from e
     print(f"to load the model: timm.create_model({f'local-dir:{args.output}'!r}, pretrained=True)")
     print(f'to classify images: timm-mobileformer predict IMAGES --model {quote(args.output)}')
     print(f'to export the model: timm-mobileformer export all --model {quote(args.output)}')
