@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch.optim.swa_utils import update_bn
@@ -457,6 +457,15 @@ def test_an_argument_that_cannot_be_used_is_refused_in_one_line(tmp_path, shapes
         torch.save(timm.create_model('test_convnext').state_dict(), value)
     assert wanted in refused(capsys, '--data-dir', shapes, *TINY, '--output', tmp_path / 'out', option, value)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_policy_that_fails_with_this_pillow_is_refused_with_one_that_does_not(tmp_path, shapes, capsys):
+    settings = ('--data-dir', shapes, *TINY, '--output', tmp_path / 'out')
+    try:
+        ImageOps.posterize(Image.new('RGB', (1, 1)), 0)
+    except ValueError:
+        assert '--aa rand-m10-inc1-mmax9' in refused(capsys, *settings, '--aa', 'rand-m10-inc1')
+    assert not run_here(*settings, '--epochs', 8, '--aa', 'rand-m10-inc1-mmax9')  # 51 times Posterize on average
 
 
 def test_several_processes_are_sent_to_train_py(tmp_path, shapes, capsys, monkeypatch):

@@ -7,7 +7,9 @@ from typing import Any, Iterator, List, Tuple
 import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 from timm.data import create_loader, resolve_model_data_config
+from timm.data.auto_augment import AugmentOp
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from .console import InputError, plural
@@ -139,6 +141,20 @@ class CachedBatches:
         return len(self.loader)
 
 
+def check_policy(policy: str) -> None:
+    """Check that an AutoAugment policy works with the installed Pillow: from version 13 on, it cannot keep 0 bits.
+
+    Raises:
+        InputError: The policy would fail for some of the images.
+    """
+    if '-inc' in policy and 'mmax' not in policy:
+        try:
+            AugmentOp('PosterizeIncreasing', prob=1., magnitude=10)(Image.new('RGB', (1, 1)))
+        except ValueError as e:
+            raise InputError(f'--aa {policy}: at magnitude 10, timm\'s Posterize fails with this version of Pillow '
+                             f'({e}); limit the magnitude with --aa {policy}-mmax9') from e
+
+
 def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device: torch.device,
                  done: int = 0) -> Tuple[Any, Any]:
     """Create the loaders of the training set and of the validation set.
@@ -154,8 +170,9 @@ def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device:
         done: Number of epochs that are done already.
 
     Raises:
-        InputError: timm does not know the AutoAugment policy `--aa`.
+        InputError: timm does not know the AutoAugment policy `--aa`, or it does not work with the installed Pillow.
     """
+    check_policy(args.aa or '')
     settings = dict(resolve_model_data_config(model, vars(args)), device=device, num_workers=args.workers,
                     persistent_workers=False)
     try:
