@@ -27,7 +27,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import RandomSampler
 
 from timm_mobileformer.cli import main, training
-from timm_mobileformer.cli.batches import EvenBatches, make_loaders, set_batches
+from timm_mobileformer.cli.batches import EvenBatches, epoch_seed, make_loaders, set_batches
 from timm_mobileformer.cli.data import open_data
 from timm_mobileformer.cli.run_state import save_epoch
 
@@ -511,15 +511,15 @@ def test_a_run_whose_worker_is_killed_or_whose_report_is_interrupted_ends_in_one
         tmp_path, shapes, capsys, monkeypatch):
     out = tmp_path / 'out'
 
-    def save_and_kill(*args):
-        save_epoch(*args)
-        for worker in multiprocessing.active_children():
+    def kill_in_the_second_epoch(args, epoch):
+        for worker in multiprocessing.active_children() if epoch == 1 else ():
             os.kill(worker.pid, signal.SIGKILL)  # as the kernel does when memory is full
+        return epoch_seed(args, epoch)
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, 'save_epoch', save_and_kill)
+    monkeypatch.setattr(training, 'epoch_seed', kill_in_the_second_epoch)
     line = refused(capsys, '--data-dir', shapes, *TINY, '--epochs', 4, '--workers', 1, '--output', out)
     assert re.search('^error: a worker that reads images was killed .*; 1 of 4 epochs done, to continue: ', line)
     monkeypatch.undo()
