@@ -86,14 +86,13 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         path, target = self.samples[index]
-        first, *others = self.transform.transforms
-        is_crop = isinstance(first, RandomResizedCropAndInterpolation)
+        transforms = self.transform.transforms
+        is_crop = isinstance(transforms[0], RandomResizedCropAndInterpolation)
         try:
-            image = read_crop(path, first, **self.reading) if is_crop else read_image(path, **self.reading)
+            image = read_crop(path, transforms[0], **self.reading) if is_crop else read_image(path, **self.reading)
         except Exception as e:  # Pillow's decoders raise exceptions of many types
             raise InputError(f'{path} can no longer be read: {getattr(e, "strerror", None) or reason(e)}') from e
-        image = image if is_crop else first(image)
-        return Compose(others)(image), target
+        return Compose(transforms[is_crop:])(image), target
 
     def __len__(self) -> int:
         return len(self.samples)
