@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 
 from timm_mobileformer.attention import BridgeAttention, attention_maps
 
@@ -14,7 +14,7 @@ from .console import progress
 from .files import atomic_dir, save_figure
 from .image_checks import check_images
 from .images import read_image
-from .load import class_names, load_mobileformer, reading_options
+from .load import class_names, load_mobileformer, model_data_config, reading_options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     check_images([str(path) for path in args.images], workers=1)
     model = load_mobileformer(args).eval()
     names = class_names(model, args.class_map)
-    config = resolve_model_data_config(model, vars(args))
+    config = model_data_config(model, vars(args))
     transform: Any = create_transform(**config)
     mean, std = (torch.tensor(config[k]).view(3, 1, 1) for k in ('mean', 'std'))
     for path, out in zip(progress(args.images, unit='image'), args.output, strict=True):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_loader, resolve_model_data_config
+from timm.data import create_loader
 from timm.data.auto_augment import AugmentOp
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from .console import InputError, plural
 from .data import Data
+from .load import model_data_config
 
 __all__ = ['CachedBatches', 'EvenBatches', 'epoch_seed', 'make_loaders', 'set_batches']
 
@@ -173,7 +174,7 @@ def make_loaders(args: argparse.Namespace, data: Data, model: nn.Module, device:
         InputError: timm does not know the AutoAugment policy `--aa`, or it does not work with the installed Pillow.
     """
     check_policy(args.aa or '')
-    settings = dict(resolve_model_data_config(model, vars(args)), device=device, num_workers=args.workers,
+    settings = dict(model_data_config(model, vars(args)), device=device, num_workers=args.workers,
                     persistent_workers=False)
     try:
         train = create_loader(

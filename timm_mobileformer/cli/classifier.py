@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .console import InputError, progress, reason, worker_errors
 from .formats import open_onnx
 from .image_checks import try_to_read
 from .images import decode
-from .load import class_names, load_model, pick_device, read_names
+from .load import class_names, load_model, model_data_config, pick_device, read_names
 from .metadata import ExportMetadata, describe, is_raw, make_transform, read_metadata
 
 __all__ = ['Classifier', 'as_classifier', 'open_classifier']
@@ -121,7 +120,7 @@ def open_onnx_file(args: argparse.Namespace) -> Classifier:
 def as_classifier(model: Any, label_names: List[str], device: torch.device, args: argparse.Namespace) -> Classifier:
     """Return a timm model on a device with its preprocessing, which options such as `--img-size` may change."""
     model.eval().to(device)
-    about = describe(model, resolve_model_data_config(model, vars(args)), label_names)
+    about = describe(model, model_data_config(model, vars(args)), label_names)
     return Classifier(make_transform(about), lambda images: model(images.to(device)).float().cpu(), label_names,
                       make_reader(about))
 

@@ -10,7 +10,7 @@ from typing import Any, ContextManager, Dict, List, NamedTuple, Optional, Sequen
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import create_loader, create_transform, resolve_model_data_config
+from timm.data import create_loader, create_transform
 from timm.utils import accuracy, reparameterize_model
 from torchvision.transforms import Compose
 
@@ -23,7 +23,7 @@ from .folders import ImageScan
 from .formats import FORMATS, Run, load_raw
 from .image_checks import check_images
 from .labelled import TrainingData, match_classes, training_data
-from .load import class_names, load_model, reading_options
+from .load import class_names, load_model, model_data_config, reading_options
 from .metadata import describe, fingerprint_weights, remove_outdated, to_pixels, write_metadata
 from .options import data_arguments
 from .raw_onnx import add_preprocessing, check_preprocessing
@@ -59,7 +59,7 @@ def open_inputs(args: argparse.Namespace, model: Any, names: List[str], data_con
         args: Command-line options.
         model: timm model.
         names: Class names by index.
-        data_config: Preprocessing, from `resolve_model_data_config`.
+        data_config: Preprocessing, from `model_data_config`.
         root: Folder of labelled images.
         trained: Training data of the model, if known.
 
@@ -172,7 +172,7 @@ def export(args: argparse.Namespace, root: Optional[Path], trained: Optional[Tra
     runtime = find_runtime(args.runtime) if args.runtime else None
     model = load_model(args).eval()
     torch.set_num_threads(args.threads)
-    data_config = resolve_model_data_config(model, vars(args))
+    data_config = model_data_config(model, vars(args))
     names = class_names(model, args.class_map)
     inputs = open_inputs(args, model, names, data_config, root, trained)
     if args.raw:

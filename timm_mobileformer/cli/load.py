@@ -26,7 +26,8 @@ from .console import InputError, plural, quote, reason
 
 __all__ = [
     'HAVE_WEIGHTS', 'class_names', 'find_model', 'known_config', 'load_mobileformer', 'load_model', 'model_args',
-    'pick_device', 'read_checkpoint', 'read_names', 'reading_options', 'set_data_config', 'set_white_level']
+    'model_data_config', 'pick_device', 'read_checkpoint', 'read_names', 'reading_options', 'set_data_config',
+    'set_white_level']
 
 HAVE_WEIGHTS = 'hf-hub:', 'local-dir:'
 MODES = {1: 'L', 3: 'RGB'}  # Pillow modes by number of channels
@@ -129,9 +130,14 @@ def count_classes(name: str, tensors: Dict[str, torch.Tensor]) -> int:
     return len(tensors.get(f'{classifier}.weight', ()))
 
 
+def model_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return timm's `resolve_model_data_config` for the channels of the model; timm assumes 3 with `--img-size`."""
+    return resolve_model_data_config(model, {**options, 'in_chans': model.pretrained_cfg['input_size'][0]})
+
+
 def set_data_config(model: Any, options: Dict[str, Any]) -> Dict[str, Any]:
     """Store the preprocessing that the options describe in a model's `pretrained_cfg`, and return it."""
-    cfg, data_config = model.pretrained_cfg, resolve_model_data_config(model, options)
+    cfg, data_config = model.pretrained_cfg, model_data_config(model, options)
     if data_config['input_size'] != tuple(cfg['input_size']):
         cfg['pool_size'] = None
     cfg.update(data_config)
@@ -173,7 +179,7 @@ def load_model(
     Its `pretrained_cfg` holds the preprocessing of its training if known, else the default of timm.
 
     Args:
-        args: Command-line options; `in_chans` is set for `resolve_model_data_config`.
+        args: Command-line options.
         num_classes: Number of classes; a model without weights is then initialized at random. By default, the number
             of classes of the weights, which are required then.
         resumed: Preprocessing of a run to resume, for which no weights are loaded here.
@@ -206,9 +212,7 @@ def load_model(
     except Exception as e:  # files, downloads and models raise many types of errors
         raise InputError(what_failed(args, e, file)) from e
     model.pretrained_cfg.pop('state_dict', None)
-    args.in_chans = model.pretrained_cfg['input_size'][0]  # timm assumes 3 for an input size of `--img-size`
     if trained:
-        trained = {**trained, 'in_chans': args.in_chans}
         set_data_config(model, trained)
     if file:  # other weights have the white level in their config
         set_white_level(model, trained.get('white_level'))

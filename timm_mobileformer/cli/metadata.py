@@ -31,7 +31,7 @@ def describe(model: Any, data_config: Dict[str, Any], label_names: List[str], ra
 
     Args:
         model: timm model.
-        data_config: Preprocessing, from `resolve_model_data_config`.
+        data_config: Preprocessing, from `model_data_config`.
         label_names: Class names by index.
         raw: Whether the file includes the preprocessing and returns probabilities.
     """

@@ -92,7 +92,7 @@ def add_preprocessing(path: Path, data_config: Dict[str, Any], with_crop: bool =
 
     Args:
         path: ONNX file with opset 18 or later, modified in place.
-        data_config: Preprocessing, from `resolve_model_data_config`.
+        data_config: Preprocessing, from `model_data_config`.
         with_crop: Add an output `crop` (4): top, left, bottom and right of the center crop, as fractions of the image
             height and width.
 

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import create_loader, resolve_model_data_config
+from timm.data import create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
@@ -37,6 +37,7 @@ from .load import (
     find_model,
     load_model,
     model_args,
+    model_data_config,
     pick_device,
     reading_options,
     set_data_config,
@@ -204,7 +205,7 @@ def report(args: argparse.Namespace, root: Path, data: Data, val_loader: Any, mo
     if data.test:
         loader: Any = create_loader(
             data.test, batch_size=args.batch_size, num_workers=args.workers, device=device,  # type: ignore[arg-type]
-            **resolve_model_data_config(model, vars(args)))
+            **model_data_config(model, vars(args)))
         sets.append(('test set', data.test, loader, args.output / 'test'))
     for what, images, loader, output in sets:
         print(write_report(
